@@ -1,0 +1,78 @@
+# Two commands matter: `make demo` and `make test`. Both make what is missing, and a second run makes nothing again.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# The version is pinned because plain `torch` may bring gigabytes of CUDA libraries that nothing here uses.
+# Where the index's own build is a CUDA one:
+#   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+# Options of vendor/llama.cpp-patch/build.py: `make build CUDA=1`, `make build BUILD_FLAGS=--no-native`.
+CUDA ?= 0
+BUILD_FLAGS ?=
+ifeq ($(CUDA),1)
+BUILD_FLAGS += --cuda
+endif
+
+DEMO_MODEL := SmolLM2-135M-Instruct
+DEMO_GGUF  := models/$(DEMO_MODEL).Q4_1.gguf
+DEMO_TRIT  := models/$(DEMO_MODEL)-TRIT3.gguf
+
+# Upstream's operator tests that a weight type takes part in, less the few with 32 and more large expert matrices:
+# those take longer than all the others together.
+BACKEND_OPS := -o MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY -p '^(?!.*n_mats=(32|[0-9]{3}),)'
+CPUS := $(shell getconf _NPROCESSORS_ONLN)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test build lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(DEMO_TRIT) ## install, build, convert the demo model and let it answer
+	$(BIN)/tritrun chat $(DEMO_TRIT) --prompt "What is the capital of France?" --temp 0
+
+test: lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
+	build/cmake/bin/test-quantize-fns
+	build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BACKEND_OPS) > build/test-backend-ops.log \
+	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
+	$(BIN)/python -m pytest
+
+build: $(VENV)/tools ## build the patched llama.cpp and install llama-cpp-python over it
+	$(BIN)/python vendor/llama.cpp-patch/build.py $(BUILD_FLAGS)
+
+lint: $(VENV)/packages ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/packages ## format the Python files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and build (models stay)
+	rm -rf $(VENV) build
+
+# What build.py needs, and torch, before the packages that depend on it.
+$(VENV)/tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) is missing or older than 3.10; name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install cmake ninja scikit-build-core poetry-core
+	$(PIP) install $(TORCH)
+	@touch $@
+
+# The libraries come first: pyproject.toml asks for exactly the builds that build.py installs.
+$(VENV)/packages: pyproject.toml $(VENV)/tools | build
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(DEMO_GGUF): models/manifest.json | $(VENV)/packages
+	$(BIN)/python models/fetch.py $(DEMO_MODEL)
+	@touch $@
+
+$(DEMO_TRIT): $(DEMO_GGUF) | $(VENV)/packages
+	$(BIN)/tritconv gguf-to-gguf $< --depth 3 -o $@ --force

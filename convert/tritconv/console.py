@@ -1,0 +1,46 @@
+"""Where output goes: results to stdout, everything else (notes, progress, errors) to stderr."""
+
+import io
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+# Text from a model, a model file or a tool is not ours: escape sequences in it could drive the terminal.
+_CONTROL_CODES = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def without_controls(text: str) -> str:
+    """`text` without control characters; line feeds and tabs stay."""
+    return text.translate(_CONTROL_CODES)
+
+
+def one_line(text: object) -> str:
+    """`text` on one line, without control characters."""
+    return " ".join(without_controls(str(text)).split())
+
+
+def forgive_encodings() -> None:
+    """Let stdin and stdout replace what their encoding does not have, instead of raising UnicodeError."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def write_answer(text: str) -> None:
+    """Write model output to stdout at once, without control characters."""
+    sys.stdout.write(without_controls(text))
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Write a dim line to stderr."""
+    err.print(f"[dim]{escape(one_line(text))}[/dim]", soft_wrap=True)
+
+
+def error(text: object) -> None:
+    """Write an error to stderr, as one line."""
+    err.print(f"[bold red]error[/bold red]: {escape(one_line(text))}", soft_wrap=True)

@@ -1,0 +1,23 @@
+"""Errors that a user can mend. The command line prints them as one line and exits with 1."""
+
+
+class TritError(Exception):
+    """Something is wrong with the input or the machine; the message says what, where and how to mend it."""
+
+
+class NotFiniteError(TritError):
+    """A weight is NaN or infinite. `index` is its flat position in the weights that were given."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"weight {index} is not finite")
+        self.index = index
+
+
+class RangeError(TritError):
+    """A block of weights lies outside the range of the scale codebook. `block` is its number."""
+
+    def __init__(self, block: int, largest: float, bound: str) -> None:
+        super().__init__(f"block {block}: largest weight {largest:.3g} is {bound}")
+        self.block = block
+        self.largest = largest
+        self.bound = bound

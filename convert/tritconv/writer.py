@@ -1,0 +1,182 @@
+"""Writes a GGUF file in one pass: a tensor at a time is read, encoded, written and forgotten.
+
+The file grows beside its target under a temporary name; only a whole one takes the target's place. The header
+has the same length whatever the types are, so it is written first as planned, and again at the end with the
+types that the tensors really got.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
+from gguf.gguf_writer import WriterState
+
+from tritconv.encode import Encoded, Encoder, n_bytes
+from tritconv.errors import NotFiniteError, RangeError, TritError
+from tritconv.plan import Kind, SourceTensor, TypePlan
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What became of a tensor. `fallback` says why it did not get the planned type, if so."""
+
+    name: str
+    kind: Kind
+    n_weights: int
+    qtype: GGMLQuantizationType
+    n_bytes: int
+    relative_error: float
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file."""
+
+    path: Path
+    n_bytes: int
+    seconds: float
+    tensors: Sequence[StoredTensor]
+
+
+Progress = Callable[[str, int], None]  # called after each tensor with its name and planned bytes
+
+
+def write(
+    header: GGUFWriter,
+    tensors: Sequence[SourceTensor],
+    plan: TypePlan,
+    target: Path,
+    threads: int,
+    progress: Progress,
+) -> Written:
+    """Encode tensors and write them to `target`.
+
+    Args:
+        header: holds the metadata; its tensors are replaced.
+
+    Raises:
+        TritError: a weight is NaN or infinite, or the file cannot be written. `target` is as it was.
+    """
+    start = time.monotonic()
+    header.tensors = [{}]
+    for tensor in tensors:
+        qtype = plan.type_of(tensor)
+        header.add_tensor_info(
+            tensor.name,
+            quant_shape_to_byte_shape(tensor.shape, qtype),
+            np.dtype(np.uint8),
+            n_bytes(tensor.shape, qtype),
+            raw_dtype=qtype,
+        )
+    _check_space(header, target)
+
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        with Encoder(threads) as encoder:
+            stored = _write_file(header, tensors, plan, partial, encoder, progress)
+        os.replace(partial, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise TritError(f"no space left for {target}: free some, or choose another folder with -o") from error
+        raise TritError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            header.close()
+        with suppress(FileNotFoundError):
+            partial.unlink()
+    return Written(target, target.stat().st_size, time.monotonic() - start, stored)
+
+
+def _check_space(header: GGUFWriter, target: Path) -> None:
+    needed = sum(info.nbytes for info in header.tensors[0].values())
+    if not target.parent.is_dir():
+        raise TritError(f"cannot write {target}: the folder {target.parent} does not exist")
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise TritError(
+            f"no space left for {target}: it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+            "free some, or choose another folder with -o"
+        )
+
+
+def _write_file(
+    header: GGUFWriter,
+    tensors: Sequence[SourceTensor],
+    plan: TypePlan,
+    partial: Path,
+    encoder: Encoder,
+    progress: Progress,
+) -> list[StoredTensor]:
+    _write_header(header, partial)
+    assert header.fout is not None
+    file = header.fout[0]
+    header.write_padding(file, file.tell())
+
+    stored = []
+    for tensor in tensors:
+        info = header.tensors[0][tensor.name]
+        planned_bytes = info.nbytes
+        data, outcome = _store(tensor, info.dtype, plan, encoder)
+        info.dtype, info.nbytes = outcome.qtype, outcome.n_bytes
+        file.write(data.data)
+        header.write_padding(file, outcome.n_bytes)
+        stored.append(outcome)
+        progress(tensor.name, planned_bytes)
+
+    file.seek(0)
+    header.state = WriterState.EMPTY
+    _write_header(header, partial)
+    os.fsync(file.fileno())
+    return stored
+
+
+def _write_header(header: GGUFWriter, path: Path) -> None:
+    header.write_header_to_file(path)
+    header.write_kv_data_to_file()
+    header.write_ti_data_to_file()
+
+
+def _store(
+    tensor: SourceTensor, planned: GGMLQuantizationType, plan: TypePlan, encoder: Encoder
+) -> tuple[np.ndarray, StoredTensor]:
+    """The bytes of a tensor, uint8 (bytes,), and what became of it."""
+    values = tensor.load()
+    if values.dtype.kind in "iu":  # stored as it is: integers, or blocks that the checkpoint brought
+        as_it_is = Encoded(np.ascontiguousarray(values).view(np.uint8).ravel(), 0.0, 0.0)
+        return as_it_is.data, _outcome(tensor, planned, as_it_is)
+
+    wanted = plan.wanted(tensor)
+    reason = None
+    if planned is not wanted:
+        reason = f"its rows of {tensor.shape[-1]} weights are no multiple of {wanted.name}'s block"
+    try:
+        try:
+            encoded = encoder.encode(values, planned)
+        except RangeError as error:
+            planned, reason = plan.fallback_of(tensor), str(error)
+            encoded = encoder.encode(values, planned)
+    except NotFiniteError as error:
+        index = tuple(int(i) for i in np.unravel_index(error.index, tensor.shape))
+        value = values[index]
+        raise TritError(
+            f"tensor {tensor.name} holds {value} at {list(index)}: the checkpoint is damaged or was saved "
+            "mid-training; no such weight can be quantized"
+        ) from None
+    return encoded.data, _outcome(tensor, planned, encoded, reason)
+
+
+def _outcome(
+    tensor: SourceTensor, qtype: GGMLQuantizationType, encoded: Encoded, fallback: str | None = None
+) -> StoredTensor:
+    n_weights = int(np.prod(tensor.shape))
+    return StoredTensor(
+        tensor.name, tensor.kind, n_weights, qtype, len(encoded.data), encoded.relative_error, fallback
+    )

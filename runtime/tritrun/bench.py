@@ -1,0 +1,100 @@
+"""`tritrun bench`: run llama-bench on each model."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.filesize import decimal as human_size
+from rich.table import Table
+
+from tritconv.console import err, one_line
+from tritconv.errors import TritError
+from tritconv.model_file import ModelFile
+from tritrun.tools import run_tool
+
+_TOOL = "llama-bench"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second: mean and standard deviation over the repetitions."""
+
+    mean: float
+    spread: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.spread:.1f}"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Speed of reading a prompt and of writing an answer."""
+
+    model: ModelFile
+    prompt: Speed
+    answer: Speed
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """Settings that all models share: tokens per test, repetitions of each, CPU threads."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    repetitions: int
+    threads: int
+
+    def measure(self, model: ModelFile) -> Benchmark:
+        """Run llama-bench on `model`.
+
+        Raises:
+            TritError: the tool fails.
+        """
+        arguments = ["-m", str(model.path), "-o", "json", "--progress"]
+        arguments += ["-p", str(self.prompt_tokens), "-n", str(self.answer_tokens)]
+        arguments += ["-r", str(self.repetitions), "-t", str(self.threads)]
+        output: list[str] = []
+        with err.status(model.path.name) as status:
+
+            def on_stderr(line: str) -> None:
+                _, is_progress, step = line.partition(": benchmark ")
+                if is_progress:
+                    status.update(f"{model.path.name}: {one_line(step)}")
+
+            finished = run_tool(_TOOL, arguments, output.append, on_stderr)
+        if finished.exit_code:
+            raise TritError(f"{model.path}: {_TOOL}: {finished.reason}")
+        return _benchmark(model, "".join(output))
+
+    def as_table(self, benchmarks: Iterable[Benchmark]) -> Table:
+        """All models in one table."""
+        table = Table(
+            caption=f"prompt of {self.prompt_tokens} tokens, answer of {self.answer_tokens}, "
+            f"{self.repetitions} runs, {self.threads} threads"
+        )
+        table.add_column("model", overflow="fold")
+        for heading in ("type", "size", "bpw", "prompt t/s", "answer t/s"):
+            table.add_column(heading, justify="right")
+        for benchmark in benchmarks:
+            model = benchmark.model
+            table.add_row(
+                model.path.name,
+                model.main_type,
+                human_size(model.size),
+                f"{model.bits_per_weight:.2f}",
+                str(benchmark.prompt),
+                str(benchmark.answer),
+            )
+        return table
+
+
+def _benchmark(model: ModelFile, output: str) -> Benchmark:
+    """Read llama-bench's JSON: one test with prompt tokens only, one with answer tokens only."""
+    try:
+        speeds = {
+            test["n_gen"] > 0: Speed(float(test["avg_ts"]), float(test["stddev_ts"]))
+            for test in json.loads(output)
+        }
+        return Benchmark(model, prompt=speeds[False], answer=speeds[True])
+    except (ValueError, TypeError, KeyError) as error:
+        raise TritError(f"{model.path}: {_TOOL} printed something unexpected: {error!r}") from error

@@ -1,0 +1,178 @@
+"""`tritrun chat`: the interactive loop and the single answer."""
+
+import secrets
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritconv.console import err, error, note, write_answer
+from tritconv.errors import TritError
+from tritrun.conversation import Conversation
+from tritrun.engine import Answer, Engine, Finish, Sampling
+
+_HELP = """\
+/help        this list
+/reset       forget the chat, keep the system prompt
+/save FILE   write the chat to FILE (JSON)
+/load FILE   go on with the chat in FILE
+/exit        leave, as Ctrl-D does
+Ctrl-C stops an answer; a second Ctrl-C leaves."""
+
+_RANDOM_SEED = 0xFFFFFFFF  # llama.cpp draws a seed for this one
+
+_ENDINGS: dict[Finish | None, str] = {
+    "max-tokens": "; ended by --max-tokens",
+    "context": "; the context is full",
+    "interrupted": "; stopped",
+}
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What the user chose for the answers. `seed` None draws one; `max_tokens` 0 means no limit."""
+
+    temperature: float
+    top_p: float
+    seed: int | None
+    max_tokens: int
+
+
+class Chat:
+    """A conversation with a loaded model on the terminal."""
+
+    def __init__(self, engine: Engine, options: ChatOptions, system: str | None = None) -> None:
+        self._engine = engine
+        self._options = options
+        self._conversation = Conversation(system)
+        self._seed = secrets.randbits(31) if options.seed is None else options.seed
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/load": self._load,
+            "/exit": self._exit,
+        }
+        if not engine.has_chat_template:
+            note("the model has no chat template: using plain 'User:' and 'Assistant:' lines")
+
+    def answer_once(self, question: str) -> None:
+        """Write one answer and a line feed to stdout; counters to stderr if that is a terminal.
+
+        Raises:
+            TritError: the question is empty or does not fit, or the model fails.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        if not question.strip():
+            raise TritError("the prompt is empty")
+        self._answer(question, report=err.is_terminal)
+
+    def run(self) -> None:
+        """Read questions and commands until the end of input.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C at the prompt, right after another one.
+        """
+        with suppress(ImportError):  # line editing and history at the prompt, where the platform has it
+            import readline  # noqa: F401
+        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+        interrupted = False
+        while True:
+            try:
+                line = input(prompt).strip()
+                interrupted = False
+                self._take(line)
+            except EOFError:
+                if prompt:
+                    err.print()
+                return
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                err.print()
+                note("Ctrl-C again, Ctrl-D or /exit leaves the chat")
+            except TritError as problem:
+                error(problem)
+
+    def _take(self, line: str) -> None:
+        """Obey a command, or answer a question."""
+        if not line.startswith("/"):
+            if line:
+                self._answer(line, report=True)
+            return
+        name, _, argument = line.partition(" ")
+        if name not in self._commands:
+            raise TritError(f"unknown command {name}; /help lists them")
+        self._commands[name](argument.strip())
+
+    def _answer(self, question: str, report: bool) -> None:
+        """Stream the answer to stdout and keep it in the history; what Ctrl-C leaves of it, too."""
+        conversation, options = self._conversation, self._options
+        conversation.ask(question)
+        try:
+            room = min(options.max_tokens or self._engine.n_ctx, self._engine.n_ctx // 4)
+            prompt, dropped = conversation.fit(self._engine.encode, self._engine.n_ctx, room)
+        except BaseException:
+            conversation.reply("")
+            raise
+        if dropped:
+            note(f"the context is full: the model no longer sees the oldest {dropped} turn(s)")
+        # Another seed for each turn, or the same words would come back; the same ones for the same --seed.
+        seed = (self._seed + len(conversation.messages) // 2) % _RANDOM_SEED
+        answer = self._engine.answer(
+            prompt, Sampling(options.temperature, options.top_p, seed), options.max_tokens
+        )
+        pieces: list[str] = []
+        begun = False
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                write_answer(piece if begun else piece.lstrip())
+                begun = begun or not piece.isspace()
+        except KeyboardInterrupt:
+            answer.finish = "interrupted"
+            raise
+        finally:
+            conversation.reply("".join(pieces))
+            write_answer("\n")
+            if report:
+                note(_report(answer))
+
+    def _help(self, _argument: str) -> None:
+        err.print(_HELP, markup=False)
+
+    def _reset(self, _argument: str) -> None:
+        self._conversation.reset()
+        note("the chat is forgotten")
+
+    def _save(self, file: str) -> None:
+        path = _required_path("/save", file)
+        self._conversation.save(path)
+        note(f"saved to {path}")
+
+    def _load(self, file: str) -> None:
+        path = _required_path("/load", file)
+        self._conversation = Conversation.load(path)
+        note(f"loaded {len(self._conversation.messages) // 2} turn(s) from {path}")
+
+    def _exit(self, _argument: str) -> None:
+        raise EOFError
+
+
+def _required_path(command: str, file: str) -> Path:
+    if not file:
+        raise TritError(f"{command} needs a file name: {command} FILE")
+    return Path(file).expanduser()
+
+
+def _report(answer: Answer) -> str:
+    """Counters of one answer, for a line below it."""
+    if not answer.answer_tokens:
+        return "no answer" + _ENDINGS.get(answer.finish, "")
+    counters = (
+        f"{answer.answer_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s "
+        f"(prompt: {answer.prompt_tokens} tokens, {answer.prompt_seconds:.2f} s)"
+    )
+    return counters + _ENDINGS.get(answer.finish, "")

@@ -1,0 +1,234 @@
+"""`tritrun perplexity`: run llama-perplexity, and twice for the KL divergence from a base model."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.filesize import decimal as human_size
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tritconv.console import err, note
+from tritconv.errors import TritError
+from tritconv.model_file import ModelFile
+from tritrun.base_logits import append_stamp, check_stamp, logits_bytes, make_stamp
+from tritrun.machine import available_memory
+from tritrun.perplexity_log import Estimate, PerplexityLog
+from tritrun.tools import run_tool
+
+_TOOL = "llama-perplexity"
+_MAX_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions are from the base model's, per token. `same_top` is in percent."""
+
+    base_perplexity: Estimate
+    mean: Estimate
+    median: float
+    percentile_99_9: float
+    maximum: float
+    same_top: Estimate
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result for one model; `divergence` is None if there was no base model."""
+
+    model: str
+    text: str
+    ctx: int
+    chunks: int
+    perplexity: Estimate
+    divergence: Divergence | None = None
+
+    def as_json(self) -> str:
+        """All figures, for machines."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def as_table(self) -> Table:
+        """All figures, for people."""
+        table = Table("measure", caption=f"{self.text}, {self.chunks} chunks of {self.ctx} tokens")
+        table.add_column(self.model, justify="right")
+        table.add_row("perplexity", _with_error(self.perplexity, 4))
+        if d := self.divergence:
+            table.add_row("perplexity of the base", _with_error(d.base_perplexity, 4))
+            table.add_row("KL divergence, mean", _with_error(d.mean, 6))
+            table.add_row("KL divergence, median", f"{d.median:.6f}")
+            table.add_row("KL divergence, 99.9 %", f"{d.percentile_99_9:.6f}")
+            table.add_row("KL divergence, maximum", f"{d.maximum:.6f}")
+            table.add_row("same top token, %", _with_error(d.same_top, 3))
+        return table
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured, and how: the settings that all runs of the tool share."""
+
+    text: Path
+    n_ctx: int
+    chunks: int | None  # None: all that the text has
+    threads: int
+
+    def measure(
+        self, model: ModelFile, base: ModelFile | None = None, logits: Path | None = None
+    ) -> Measurement:
+        """Perplexity of `model`; with a base model or its logits also the divergence from it.
+
+        Args:
+            base: the model to compare with, usually the F16 one.
+            logits: file to keep the base model's logits in, or to take them from; None uses a temporary file.
+
+        Raises:
+            TritError: a file is missing or does not match, something does not fit, or the tool fails.
+        """
+        self._check(model, base, logits)
+        with _progress() as progress:
+            if base is None and logits is None:
+                log = self._run_tool(progress, model)
+                return self._result(model, log, log.perplexity())
+            try:
+                with self._base_logits(progress, model, base, logits) as file:
+                    log = self._run_tool(
+                        progress, model, "--kl-divergence", "--kl-divergence-base", str(file)
+                    )
+            except OSError as error:
+                raise TritError(f"{error.filename or 'base logits'}: {error.strerror}") from error
+        return self._result(model, log, log.statistics().get("Mean PPL(Q)"), _divergence(log))
+
+    def _check(self, model: ModelFile, base: ModelFile | None, logits: Path | None) -> None:
+        if not self.text.is_file() or not self.text.stat().st_size:
+            raise TritError(f"{self.text}: no such text file, or it is empty")
+        if logits is not None and base is None and not logits.exists():
+            raise TritError(f"{logits}: no such file; give --base to make it")
+        if base is not None and base.vocabulary_size != model.vocabulary_size:
+            raise TritError(
+                f"{base.path} has a vocabulary of {base.vocabulary_size} tokens, {model.path} one of "
+                f"{model.vocabulary_size}: they are not the same model"
+            )
+        for file in filter(None, (base, model)):
+            file.check_memory(self.n_ctx, available_memory())
+
+    def _result(
+        self,
+        model: ModelFile,
+        log: PerplexityLog,
+        found: Estimate | None,
+        divergence: Divergence | None = None,
+    ) -> Measurement:
+        perplexity = _found(found, log)
+        return Measurement(model.path.name, self.text.name, self.n_ctx, log.chunks, perplexity, divergence)
+
+    @contextmanager
+    def _base_logits(
+        self, progress: Progress, model: ModelFile, base: ModelFile | None, kept: Path | None
+    ) -> Iterator[Path]:
+        """The file of the base model's logits: found at `kept`, or made there or in a temporary folder."""
+        stamp = make_stamp(base, model.vocabulary_size, self.text, self.n_ctx, self.chunks)
+        if kept is not None and kept.exists():
+            check_stamp(kept, stamp)
+            note(f"base logits: taken from {kept} ({human_size(kept.stat().st_size)})")
+            yield kept
+            return
+        assert base is not None  # _check has seen to it
+        with tempfile.TemporaryDirectory(prefix=".tritrun-", dir=kept.parent if kept else None) as folder:
+            file = Path(folder) / "base-logits"
+            self._make_logits(progress, base, file)
+            if kept is None:
+                yield file
+                return
+            append_stamp(file, stamp)
+            file.replace(kept)
+        yield kept
+
+    def _make_logits(self, progress: Progress, base: ModelFile, file: Path) -> None:
+        def size(chunks: int) -> int:
+            return logits_bytes(self.n_ctx, chunks, base.vocabulary_size)
+
+        def check_room(chunks: int) -> None:
+            room = shutil.disk_usage(file.parent).free
+            if size(chunks) > room:
+                raise TritError(
+                    f"the base logits take {human_size(size(chunks))}, {file.parent} has {human_size(room)} "
+                    "free; lower --chunks, or set TMPDIR or --logits to a larger disk"
+                )
+            note(f"base logits: {human_size(size(chunks))}")
+
+        log = self._run_tool(progress, base, "--kl-divergence-base", str(file), on_start=check_room)
+        _found(log.perplexity(), log)
+        if file.stat().st_size != size(log.chunks):  # the tool does not notice a full disk
+            raise TritError(f"the base logits could not be written whole to {file.parent}; is the disk full?")
+
+    def _run_tool(
+        self,
+        progress: Progress,
+        model: ModelFile,
+        *options: str,
+        on_start: Callable[[int], None] = lambda chunks: None,
+    ) -> PerplexityLog:
+        """Run llama-perplexity on `model` with a progress bar; `on_start` gets the number of chunks."""
+        # One chunk at a time: it costs no speed beyond 512 tokens, and each chunk moves the bar.
+        batch = min(self.n_ctx, _MAX_BATCH)
+        arguments = ["-m", model.path, "-f", self.text, "-c", self.n_ctx, "-b", batch, "-t", self.threads]
+        arguments += ["--log-jsonl", *(["--chunks", self.chunks] if self.chunks else []), *options]
+        log = PerplexityLog()
+        task = progress.add_task(model.path.name, total=None, running="")
+
+        def on_line(line: str) -> None:
+            started = log.chunks > 0
+            log.feed(line)
+            if log.chunks and not started:
+                on_start(log.chunks)
+            running = f"PPL {log.running}" if log.running else ""
+            progress.update(task, completed=log.done, total=log.chunks or None, running=running)
+
+        finished = run_tool(_TOOL, [str(argument) for argument in arguments], on_line)
+        if finished.exit_code:
+            raise TritError(f"{_TOOL}: {log.first_error or finished.reason}")
+        return log
+
+
+def _divergence(log: PerplexityLog) -> Divergence:
+    statistics = log.statistics()
+
+    def statistic(name: str) -> Estimate:
+        return _found(statistics.get(name), log)
+
+    return Divergence(
+        base_perplexity=statistic("Mean PPL(base)"),
+        mean=statistic("Mean KLD"),
+        median=statistic("Median KLD").value,
+        percentile_99_9=statistic("99.9% KLD").value,
+        maximum=statistic("Maximum KLD").value,
+        same_top=statistic("Same top p"),
+    )
+
+
+def _found(estimate: Estimate | None, log: PerplexityLog) -> Estimate:
+    """`estimate`, or the tool's reason for not giving it: it ends with exit code 0 all the same."""
+    if estimate is None:
+        raise TritError(f"{_TOOL}: {log.first_error or 'no result: too few tokens, raise --chunks or --ctx'}")
+    return estimate
+
+
+def _with_error(estimate: Estimate, digits: int) -> str:
+    error = "" if estimate.error is None else f" ± {estimate.error:.{digits}f}"
+    return f"{estimate.value:.{digits}f}{error}"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[running]}"),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )

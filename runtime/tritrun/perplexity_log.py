@@ -1,0 +1,69 @@
+"""Read what llama-perplexity prints with --log-jsonl: one JSON object per line, each a piece of its log."""
+
+import json
+import re
+from dataclasses import dataclass
+
+_CHUNKS = re.compile(r"over (\d+) chunks")
+_PERPLEXITY_CHUNK = re.compile(r"\[(\d+)\](\S+),")
+_DIVERGENCE_CHUNK = re.compile(r" *(\d+)")
+_FINAL = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
+_STATISTIC = re.compile(r"\s*(\S.*?)\s*:\s+(-?\d+\.?\d*|-?nan|-?inf)\s*%?(?:\s*±\s*(\S+))?")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error; None where the tool gives none."""
+
+    value: float
+    error: float | None = None
+
+
+class PerplexityLog:
+    """The log of one run, fed line by line.
+
+    Attributes:
+        chunks: chunks of text to come in all, 0 until the tool has said so.
+        done: chunks done.
+        running: perplexity so far, as printed; empty until there is one.
+        first_error: the first error in the log: later ones only repeat that it failed.
+    """
+
+    def __init__(self) -> None:
+        self.chunks = 0
+        self.done = 0
+        self.running = ""
+        self.first_error = ""
+        self._text = ""
+
+    def feed(self, line: str) -> None:
+        """Take one line of the tool's stdout; a line that is no log record is passed over."""
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(record, dict) or not isinstance(message := record.get("msg"), str):
+            return
+        self._text += message
+        if record.get("level") == "error":
+            self.first_error = self.first_error or message.strip()
+        elif chunks := _CHUNKS.search(message):
+            self.chunks = int(chunks[1])
+        elif chunk := _PERPLEXITY_CHUNK.fullmatch(message):
+            self.done, self.running = int(chunk[1]), chunk[2]
+        elif chunk := _DIVERGENCE_CHUNK.fullmatch(message):
+            self.done = int(chunk[1])
+
+    def perplexity(self) -> Estimate | None:
+        """The final estimate, None if the run did not get there."""
+        final = _FINAL.search(self._text)
+        return Estimate(float(final[1]), float(final[2])) if final else None
+
+    def statistics(self) -> dict[str, Estimate]:
+        """The labelled lines of a --kl-divergence run: `Mean KLD`, `99.9% KLD`, `Same top p` (percent), .."""
+        found = (_STATISTIC.match(line) for line in self._text.splitlines())
+        return {
+            " ".join(line[1].split()): Estimate(float(line[2]), float(line[3]) if line[3] else None)
+            for line in found
+            if line
+        }

@@ -1,0 +1,98 @@
+"""Find and run llama.cpp's own programs, which the patched llama-cpp-python brings along."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritconv.errors import TritError
+
+_BIN_DIR = "TRITRUN_BIN_DIR"  # for developers of llama.cpp: a build folder to take the programs from
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a program ended. `last_error_line` is the last line it wrote to stderr."""
+
+    exit_code: int
+    last_error_line: str
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, as far as it said."""
+        if self.exit_code < 0:
+            return f"killed by {signal.Signals(-self.exit_code).name}: {self.last_error_line}"
+        return self.last_error_line or f"exit code {self.exit_code}"
+
+
+def find_tool(name: str) -> Path:
+    """The program `name`, without loading the library beside it.
+
+    Raises:
+        TritError: it is not there.
+    """
+    if folder := os.environ.get(_BIN_DIR):
+        tool = Path(folder) / name
+    else:
+        bindings = importlib.util.find_spec("llama_cpp")
+        if bindings is None or bindings.origin is None:
+            raise TritError("llama-cpp-python is not installed; `make` builds and installs it")
+        tool = Path(bindings.origin).parent / "bin" / name
+    if not os.access(tool, os.X_OK):
+        raise TritError(f"{tool} is missing; `make` installs the patched llama-cpp-python, which has it")
+    return tool
+
+
+def run_tool(
+    name: str,
+    arguments: list[str],
+    on_stdout: Callable[[str], None],
+    on_stderr: Callable[[str], None] = lambda line: None,
+) -> Finished:
+    """Run llama.cpp's program `name` to its end, giving each line of its output to a callback.
+
+    Raises:
+        TritError: the program is not there or cannot be started.
+        KeyboardInterrupt: Ctrl-C; the program is gone by then. So it is if a callback raises.
+    """
+    command = [str(find_tool(name)), *arguments]
+    # Options come from the command line only; llama.cpp would also take them from the environment.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+    try:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as error:
+        raise TritError(f"{command[0]} cannot be started: {error.strerror}") from error
+    assert process.stdout is not None
+    assert process.stderr is not None
+    stderr = process.stderr
+    last_error_line = ""
+
+    def drain() -> None:
+        nonlocal last_error_line
+        for line in stderr:
+            last_error_line = line.strip() or last_error_line
+            on_stderr(line)
+
+    drainer = threading.Thread(target=drain, daemon=True)
+    drainer.start()
+    try:
+        for line in process.stdout:
+            on_stdout(line)
+        exit_code = process.wait()
+        drainer.join()
+    finally:
+        process.kill()
+        process.wait()
+    return Finished(exit_code, last_error_line)

@@ -1,0 +1,110 @@
+"""Tiny GGUF files for tests: a Llama with random weights that llama.cpp loads, and bare headers."""
+
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+HIDDEN, HEADS, FEED_FORWARD, LAYERS, TRAINED_CONTEXT = 64, 4, 128, 2, 32768
+CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+_CONTROL_TOKENS = ["<unk>", "<s>", "</s>"]
+_BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+_LETTER_TOKENS = ["▁", *(chr(code) for code in range(0x21, 0x7F))]
+TOKENS = _CONTROL_TOKENS + _BYTE_TOKENS + _LETTER_TOKENS
+
+
+def write_tiny_model(
+    path: Path, *, chat_template: str | None = CHAT_TEMPLATE, seed: int = 0, noise: float = 0
+) -> Path:
+    """Write a Llama with random float16 matrices; its greedy answers are letters without end.
+
+    Args:
+        chat_template: Jinja template, None for none.
+        seed: of the weights.
+        noise: relative error of the weights, for a poor copy of the model with the same seed.
+    """
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_context_length(TRAINED_CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS // 2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(TOKENS)
+    writer.add_token_scores([0.0] * len(TOKENS))
+    control, byte, normal = gguf.TokenType.CONTROL, gguf.TokenType.BYTE, gguf.TokenType.NORMAL
+    writer.add_token_types([control] * 3 + [byte] * 256 + [normal] * len(_LETTER_TOKENS))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    for name, weights in _weights(seed, noise).items():
+        writer.add_tensor(name, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _weights(seed: int, noise: float) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    noise_rng = np.random.default_rng(seed + 1)
+
+    def matrix(rows: int, columns: int, scale: float = 0.1) -> np.ndarray:
+        weights = rng.normal(0, scale, (rows, columns))
+        return (weights * (1 + noise * noise_rng.normal(0, 1, weights.shape))).astype(np.float16)
+
+    def norm() -> np.ndarray:
+        return np.ones(HIDDEN, np.float32)
+
+    output = matrix(len(TOKENS), HIDDEN, 0.5)
+    output[: len(TOKENS) - len(_LETTER_TOKENS)] = 0
+    tensors = {
+        "token_embd.weight": matrix(len(TOKENS), HIDDEN, 1.0),
+        "output.weight": output,
+        "output_norm.weight": norm(),
+    }
+    for layer in range(LAYERS):
+        tensors |= {
+            f"blk.{layer}.attn_norm.weight": norm(),
+            f"blk.{layer}.attn_q.weight": matrix(HIDDEN, HIDDEN),
+            f"blk.{layer}.attn_k.weight": matrix(HIDDEN // 2, HIDDEN),
+            f"blk.{layer}.attn_v.weight": matrix(HIDDEN // 2, HIDDEN),
+            f"blk.{layer}.attn_output.weight": matrix(HIDDEN, HIDDEN),
+            f"blk.{layer}.ffn_norm.weight": norm(),
+            f"blk.{layer}.ffn_gate.weight": matrix(FEED_FORWARD, HIDDEN),
+            f"blk.{layer}.ffn_up.weight": matrix(FEED_FORWARD, HIDDEN),
+            f"blk.{layer}.ffn_down.weight": matrix(HIDDEN, FEED_FORWARD),
+        }
+    return tensors
+
+
+def string(text: str) -> bytes:
+    """A GGUF string."""
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def u32_entry(key: str, value: int) -> bytes:
+    """A metadata entry with a uint32."""
+    return string(key) + struct.pack("<II", 4, value)
+
+
+def tensor_entry(name: str, type_id: int, shape: tuple[int, ...], offset: int = 0) -> bytes:
+    """An entry of the tensor table; `shape` has the row length first."""
+    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_id, offset)
+
+
+def bare_gguf(entries: list[bytes], tensors: list[bytes], n_data: int = 0, version: int = 3) -> bytes:
+    """A GGUF file of ready-made entries with `n_data` zero bytes of tensor data."""
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(entries)) + b"".join(entries + tensors)
+    return head + bytes(-len(head) % 32) + bytes(n_data)

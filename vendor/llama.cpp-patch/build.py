@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Build the patched llama.cpp and install llama-cpp-python over its libraries.
+
+Steps: fetch the pinned source distribution, verify it, unpack it, patch it, configure, build, install.
+Every step does nothing where its result is there already. Needs Python 3.10+, a C/C++ compiler and git;
+cmake, ninja, scikit-build-core and poetry-core come by pip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamabuild import compile as compiling
+from llamabuild import source, toolchain
+from llamabuild.shell import BuildError
+from llamabuild.wheels import Wheels
+
+HERE = Path(__file__).resolve().parent
+
+EXAMPLES = """\
+examples:
+  python vendor/llama.cpp-patch/build.py                 build and install into this interpreter's environment
+  python vendor/llama.cpp-patch/build.py --check-patch   does the series still apply?
+  python vendor/llama.cpp-patch/build.py --target test-backend-ops
+"""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--build-dir",
+        type=Path,
+        default=HERE.parent.parent / "build",
+        help="everything made lands here (default: build)",
+    )
+    parser.add_argument(
+        "--sdist", type=Path, help="use this source distribution instead of fetching it; it is verified"
+    )
+    parser.add_argument(
+        "--patch-dir", type=Path, default=HERE, help="folder with series, patches/ and files/"
+    )
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=Path(sys.executable),
+        help="interpreter of the environment to install into",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=cpus(), help="compile this many files at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--native",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use this machine's instruction sets, less those that fault; --no-native: AVX2 at most",
+    )
+    parser.add_argument(
+        "--cuda", action="store_true", help="build the CUDA backend too (needs the CUDA toolkit)"
+    )
+    parser.add_argument(
+        "--target", action="append", help="build only this target, and do not install; may be repeated"
+    )
+    stop = parser.add_mutually_exclusive_group()
+    stop.add_argument(
+        "--check-patch", action="store_true", help="only check that the series applies; keep nothing"
+    )
+    stop.add_argument("--source-only", action="store_true", help="stop after patching")
+    return parser.parse_args(arguments)
+
+
+def cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def build(options: argparse.Namespace) -> None:
+    """Run the steps that the options ask for."""
+    folder: Path = options.build_dir.resolve()
+    patches = source.PatchSet(options.patch_dir)
+    if options.sdist is not None:
+        source.verify(sdist := options.sdist)
+    else:
+        sdist = source.fetch(folder / "download", options.python)
+    if options.check_patch:
+        source.check(sdist, patches, folder)
+        print(f"the series applies to {source.PACKAGE} {source.VERSION}: {len(patches.series())} patches")
+        return
+
+    changed = source.prepare(sdist, patches, folder / "src")
+    print(f"source: {folder / 'src'} ({len(changed)} files changed)")
+    if options.source_only:
+        return
+
+    compilers = toolchain.find_compilers()
+    flags: tuple[str, ...] = ()
+    if options.native:
+        isa = toolchain.probe(compilers.c)
+        flags = isa.extra_flags
+        print(f"instruction sets announced: {' '.join(isa.announced) or 'baseline'}")
+        print(f"flags: native{' ' + ' '.join(flags) + ' (AMX faults when executed)' if flags else ''}")
+    else:
+        print("flags: portable (AVX2 at most)")
+
+    work = compiling.Build(folder / "cmake", folder / "build.log", options.python, compilers, flags)
+    commit = f"{source.VERSION}+trit"
+    work.configure(
+        folder / "src" / source.LLAMA_CPP,
+        compiling.options(native=options.native, cuda=options.cuda, commit=commit),
+    )
+    work.compile(options.target or compiling.TARGETS, options.jobs)
+    if options.target:
+        return
+
+    wheels = Wheels(folder / "src", work.folder / "bin", folder / "wheel", options.python)
+    done = "installed" if wheels.install(patches.key()) else "already installed"
+    print(f"{source.PACKAGE} and gguf: {done} for {options.python}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = parse(arguments)
+    try:
+        build(options)
+    except (BuildError, OSError) as error:
+        print(f"build.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("build.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

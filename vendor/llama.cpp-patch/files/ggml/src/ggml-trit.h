@@ -1,0 +1,65 @@
+#pragma once
+
+// Balanced-ternary types TRIT1..TRIT4: 3^depth levels, blocks of 64 weights in 4 groups of 16, a
+// 27-entry scale codebook per group. The functions in ggml-trit.c are the reference of the format.
+
+#define GGML_COMMON_DECL_C
+#include "ggml-common.h"
+
+#include "ggml.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QG_TRIT 16                  // weights in a group, they share a scale
+#define NG_TRIT (QK_TRIT / QG_TRIT) // groups in a block
+#define TRIT_N_SCALES 27            // entries of the scale codebook
+#define TRIT_N_ANCHORS 81           // anchors, in steps of a sixth of an octave
+#define TRIT_RATIO_ONE 1024         // ratio of group 0, whose scale is the anchor itself
+
+// a block unpacked to integers: weight i is anchor * ratio[i / QG_TRIT] * code[i]
+struct ggml_trit_block {
+    int8_t  code[QK_TRIT]; // |code| <= (3^depth - 1) / 2
+    uint8_t k[NG_TRIT];    // scale indexes, 0..26
+};
+
+// round(1024 * 2^((13 - k) / 6))
+GGML_API const int16_t ggml_trit_ratio[TRIT_N_SCALES];
+
+// 16-bit words in a block
+GGML_API int ggml_trit_n_words(int depth);
+
+// the anchor of a block, divided by 1024: the float nearest to 3^(2 - depth) * 2^(3 - n/6) / 1024, n = 3*k0 + (k1 + k2 + k3) mod 3
+GGML_API float ggml_trit_anchor(int depth, const uint8_t k[NG_TRIT]);
+
+GGML_API void ggml_trit_unpack(int depth, const uint16_t * words, struct ggml_trit_block * block);
+GGML_API void ggml_trit_pack  (int depth, const struct ggml_trit_block * block, uint16_t * words);
+
+// false if a word is not an encoding, or a reserved digit is not as the format has it
+GGML_API bool ggml_trit_validate_row(int depth, const void * data, size_t n_blocks);
+
+// A block that the type cannot hold (NaN, Inf, a weight above the range, or all weights far below it)
+// is written as words that ggml_validate_row_data refuses.
+GGML_API void quantize_row_trit1_ref(const float * GGML_RESTRICT x, block_trit1 * GGML_RESTRICT y, int64_t k);
+GGML_API void quantize_row_trit2_ref(const float * GGML_RESTRICT x, block_trit2 * GGML_RESTRICT y, int64_t k);
+GGML_API void quantize_row_trit3_ref(const float * GGML_RESTRICT x, block_trit3 * GGML_RESTRICT y, int64_t k);
+GGML_API void quantize_row_trit4_ref(const float * GGML_RESTRICT x, block_trit4 * GGML_RESTRICT y, int64_t k);
+
+GGML_API void dequantize_row_trit1(const block_trit1 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+GGML_API void dequantize_row_trit2(const block_trit2 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+GGML_API void dequantize_row_trit3(const block_trit3 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+GGML_API void dequantize_row_trit4(const block_trit4 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+
+GGML_API size_t quantize_trit1(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+GGML_API size_t quantize_trit2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+GGML_API size_t quantize_trit3(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+GGML_API size_t quantize_trit4(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,165 @@
+"""Configure and build llama.cpp with CMake and Ninja, out of tree."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from .shell import BuildError, error_line, find_tool, outside_git, run
+from .toolchain import Compilers
+
+LIBRARIES = ("llama", "ggml", "ggml-base", "ggml-cpu", "mtmd")
+TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-bench", "llama-cli", "llama-server")
+TESTS = ("test-backend-ops", "test-quantize-fns")
+TARGETS = (*LIBRARIES, *TOOLS, *TESTS)
+
+PIP_HINT = "pip install cmake ninja"
+
+
+def options(*, native: bool, cuda: bool, commit: str) -> list[str]:
+    """Return CMake's -D arguments.
+
+    Args:
+        native: compile for this machine's instruction sets.
+        cuda: build ggml's CUDA backend too.
+        commit: what the tools print as their commit.
+    """
+    origin = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
+    values = {
+        "CMAKE_BUILD_TYPE": "Release",
+        # One plain file a library: wheels hold no symbolic links.
+        "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+        # Libraries find one another beside them, tools find them in ../lib: the llama_cpp package's layout.
+        "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+        "CMAKE_INSTALL_RPATH": f"{origin};{origin}/../lib",
+        "GGML_NATIVE": "ON" if native else "OFF",
+        "GGML_CUDA": "ON" if cuda else "OFF",
+        "LLAMA_BUILD_NUMBER": "0",
+        "LLAMA_BUILD_COMMIT": commit,
+        "LLAMA_BUILD_TESTS": "ON",
+        "LLAMA_BUILD_TOOLS": "ON",
+        "LLAMA_BUILD_SERVER": "ON",
+        "LLAMA_BUILD_EXAMPLES": "OFF",
+        "LLAMA_BUILD_APP": "OFF",
+        # Nothing may reach for the network, neither now nor when the tools run.
+        "LLAMA_OPENSSL": "OFF",
+        "LLAMA_BUILD_UI": "OFF",
+        "LLAMA_USE_PREBUILT_UI": "OFF",
+    }
+    if cuda:
+        values["CMAKE_INSTALL_RPATH_USE_LINK_PATH"] = "ON"  # to CUDA's own libraries
+    return [f"-D{name}={value}" for name, value in values.items()]
+
+
+class Build:
+    """One build folder: its CMake and Ninja, its environment, its log.
+
+    Attributes:
+        folder: Ninja's folder; libraries and programs are in ``folder/bin``.
+        log: what CMake and Ninja last wrote.
+    """
+
+    def __init__(
+        self, folder: Path, log: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]
+    ):
+        self.folder = folder
+        self.log = log
+        self._cmake = find_tool("cmake", python, PIP_HINT)
+        self._ninja = find_tool("ninja", python, PIP_HINT)
+        self._env = outside_git(folder.parent) | {
+            "CC": shlex.join(compilers.c),
+            "CXX": shlex.join(compilers.cxx),
+            "CFLAGS": " ".join([os.environ.get("CFLAGS", ""), *extra_flags]).strip(),
+            "CXXFLAGS": " ".join([os.environ.get("CXXFLAGS", ""), *extra_flags]).strip(),
+            # ccache then finds the same files of a clone at another path.
+            "CCACHE_BASEDIR": str(folder.parent.resolve()),
+            "NINJA_STATUS": "[%f/%t] ",
+        }
+
+    def configure(self, source: Path, arguments: Sequence[str]) -> bool:
+        """Run CMake unless this folder is configured just so; return whether it ran.
+
+        Raises:
+            BuildError: CMake fails.
+        """
+        command = [str(self._cmake), "-S", str(source), "-B", str(self.folder), "-G", "Ninja"]
+        command += [f"-DCMAKE_MAKE_PROGRAM={self._ninja}", *arguments]
+        stamp = self.folder / "configured"
+        wanted = "\n".join(
+            [*command, *(f"{name}={self._env[name]}" for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS"))]
+        )
+        if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+            return False
+        (self.folder / "CMakeCache.txt").unlink(missing_ok=True)  # CMake keeps an old compiler otherwise
+        stamp.unlink(missing_ok=True)
+        try:
+            self.log.write_text(run(command, env=self._env), encoding="utf-8")
+        except BuildError as error:
+            raise BuildError(f"cannot configure llama.cpp: {error}") from None
+        stamp.write_text(wanted, encoding="utf-8")
+        return True
+
+    def compile(self, targets: Sequence[str], jobs: int) -> None:
+        """Build the targets with Ninja; its progress goes to stdout, everything to the log.
+
+        Raises:
+            BuildError: a target does not build; the last lines of the log are on stderr by then.
+        """
+        command = [str(self._ninja), "-C", str(self.folder), "-j", str(jobs), *targets]
+        last: deque[str] = deque(maxlen=25)
+        progress = Progress()
+        with (
+            self.log.open("a", encoding="utf-8") as log,
+            subprocess.Popen(
+                command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as ninja,
+        ):
+            assert ninja.stdout is not None
+            for line in ninja.stdout:
+                log.write(line)
+                last.append(line)
+                progress.show(line.rstrip())
+        progress.close()
+        if ninja.returncode != 0:
+            sys.stderr.writelines(last)
+            raise BuildError(f"the build failed: {error_line(''.join(last))}; the whole log is {self.log}")
+
+
+class Progress:
+    """Ninja's ``[done/total] what`` lines: one changing line on a terminal, a few lines elsewhere."""
+
+    PARTS = 20
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._part = -1
+
+    def show(self, line: str) -> None:
+        match = re.match(r"\[(\d+)/(\d+)\] ", line)
+        if match is None:
+            return
+        done, total = int(match[1]), int(match[2])
+        part = done * self.PARTS // total
+        if self._terminal:
+            width = os.get_terminal_size(sys.stdout.fileno()).columns
+            print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
+        elif part > self._part:
+            print(line, flush=True)
+        self._part = part
+
+    def close(self) -> None:
+        if self._terminal and self._part >= 0:
+            print()

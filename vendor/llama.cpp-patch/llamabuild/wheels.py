@@ -1,0 +1,95 @@
+"""Package the built libraries and tools with their Python bindings, and install them."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .compile import TOOLS
+from .shell import BuildError, run
+from .source import LLAMA_CPP
+
+BINDINGS_FILES = (Path("pyproject.toml"), Path("README.md"), Path("LICENSE.md"), LLAMA_CPP / "LICENSE")
+BINDINGS_FOLDERS = (Path("llama_cpp"), LLAMA_CPP / "conversion")
+KEY_FILE = Path("llama_cpp/lib/build.key")
+"""Lies in the wheel, so that the installed package itself says which build it is."""
+
+ENVIRONMENT = (
+    "import sys, sysconfig; print(sys.prefix != sys.base_prefix, sysconfig.get_path('platlib'), sep='\\n')"
+)
+"""Asks an interpreter whether it is in a virtual environment, and where its packages are."""
+
+
+@dataclass(frozen=True)
+class Wheels:
+    """Two wheels: llama-cpp-python over these very libraries, and the matching gguf.
+
+    Attributes:
+        source: the patched source distribution.
+        binaries: the folder of the built libraries and programs.
+        folder: where the wheels are made.
+        python: interpreter of the virtual environment to install into.
+    """
+
+    source: Path
+    binaries: Path
+    folder: Path
+    python: Path
+
+    def libraries(self) -> list[Path]:
+        """Return the built shared libraries."""
+        suffix = "dylib" if platform.system() == "Darwin" else "so"
+        return sorted(self.binaries.glob(f"lib*.{suffix}"))
+
+    def tools(self) -> list[Path]:
+        """Return the command-line tools that go into ``llama_cpp/bin``."""
+        return [self.binaries / name for name in TOOLS]
+
+    def key(self, source_key: str) -> str:
+        """Return a hash over the source and the state of every binary: equal keys give equal wheels."""
+        binaries = [*self.libraries(), *self.tools()]
+        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in binaries]
+        return hashlib.sha256(f"{source_key} {states}".encode()).hexdigest()
+
+    def install(self, source_key: str) -> bool:
+        """Make and install the wheels unless this very build is installed; return whether it did.
+
+        Raises:
+            BuildError: the interpreter is in no virtual environment, pip fails, or the tools do not run.
+        """
+        in_venv, packages = run([self.python, "-c", ENVIRONMENT]).splitlines()
+        if in_venv != "True":
+            raise BuildError(f"{self.python} is in no virtual environment; `make build` makes one")
+        key = self.key(source_key)
+        installed = Path(packages) / KEY_FILE
+        if installed.exists() and installed.read_text(encoding="utf-8") == key:
+            return False
+        bindings = self.stage(key)
+        pip = [str(self.python), "-m", "pip", "--disable-pip-version-check"]
+        made = self.folder / "made"
+        shutil.rmtree(made, ignore_errors=True)
+        # The build requirements are in the environment already: nothing is fetched for an isolated one.
+        build: list[str | Path] = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", made]
+        run([*build, bindings, self.source / LLAMA_CPP / "gguf-py"])
+        run([*pip, "install", "--no-deps", "--force-reinstall", *sorted(made.glob("*.whl"))])
+        run([Path(packages) / "llama_cpp" / "bin" / "llama-server", "--version"])
+        return True
+
+    def stage(self, key: str) -> Path:
+        """Lay out the bindings, the libraries and the tools as one source tree; return its folder."""
+        stage = self.folder / "stage"
+        shutil.rmtree(stage, ignore_errors=True)
+        for folder in BINDINGS_FOLDERS:
+            shutil.copytree(self.source / folder, stage / folder)
+        for file in BINDINGS_FILES:
+            shutil.copy2(self.source / file, stage / file)
+        for name, files in (("lib", self.libraries()), ("bin", self.tools())):
+            target = stage / "llama_cpp" / name
+            target.mkdir()
+            for file in files:
+                shutil.copy2(file, target)
+        (stage / KEY_FILE).write_text(key, encoding="utf-8")
+        return stage
