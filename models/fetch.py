@@ -84,21 +84,15 @@ def fetch(name: str, manifest: Path, folder: Path) -> Path:
 def verify(path: Path, actual: str, expected: str) -> None:
     """Raise a FetchError unless the two hashes of a file are equal."""
     if actual != expected:
-        raise FetchError(
-            f"{path}: wrong SHA-256 {actual}, expected {expected}; delete the file and run again"
-        )
+        raise FetchError(f"{path}: wrong SHA-256 {actual}, expected {expected}; delete the file and run again")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help="a name in the manifest, such as SmolLM2-135M-Instruct")
-    parser.add_argument(
-        "--manifest", type=Path, default=HERE / "manifest.json", help="(default: beside this script)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=HERE, help="where the file goes (default: beside this script)"
-    )
+    parser.add_argument("--manifest", type=Path, default=HERE / "manifest.json", help="(default: beside this script)")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the file goes (default: beside this script)")
     options = parser.parse_args(arguments)
     try:
         print(fetch(options.name, options.manifest, options.folder))

@@ -91,9 +91,7 @@ def age(root: Path) -> None:
 
 def young(root: Path) -> set[Path]:
     """Return the files that changed after ``age``, relative to the folder."""
-    return {
-        path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.stat().st_mtime > 1000
-    }
+    return {path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.stat().st_mtime > 1000}
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -218,9 +216,7 @@ def test_missing_sdist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "no such file" in failure(capsys, "--sdist", tmp_path / "none.tar.gz", "--check-patch")
 
 
-def test_no_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -388,9 +384,7 @@ def built(tmp_path: Path) -> wheels.Wheels:
 def test_wheel_holds_libraries_tools_and_conversion(built: wheels.Wheels) -> None:
     stage = built.stage("key")
     assert sorted(path.name for path in (stage / "llama_cpp" / "bin").iterdir()) == sorted(wheels.TOOLS)
-    assert [path.stem for path in (stage / "llama_cpp" / "lib").iterdir() if path.name != "build.key"] == [
-        "libllama"
-    ]
+    assert [path.stem for path in (stage / "llama_cpp" / "lib").iterdir() if path.name != "build.key"] == ["libllama"]
     assert (stage / wheels.KEY_FILE).read_text() == "key"
     assert (stage / source.LLAMA_CPP / "conversion" / "__init__.py").exists()
 

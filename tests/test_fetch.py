@@ -22,9 +22,7 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     links.mkdir()
     with zipfile.ZipFile(links / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_model/tiny.gguf", CONTENT)
-        wheel.writestr(
-            "tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
-        )
+        wheel.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         wheel.writestr(
             "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -91,9 +89,7 @@ def test_unknown_package(manifest: Path, folder: Path, capsys: pytest.CaptureFix
     assert list(folder.iterdir()) == []
 
 
-def test_member_is_not_in_the_package(
-    manifest: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_member_is_not_in_the_package(manifest: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(manifest, member="tiny_model/other.gguf")
     assert "tiny_model/other.gguf" in failure(capsys, "tiny", manifest, folder)
     assert list(folder.iterdir()) == []
@@ -113,6 +109,4 @@ def test_manifest_is_complete() -> None:
     models = json.loads((fetch.HERE / "manifest.json").read_text())
     for name, model in models.items():
         assert {"description", "license"} <= model.keys(), name
-        assert {"hub"} <= model.keys() or {"package", "member", "file", "bytes", "sha256"} <= model.keys(), (
-            name
-        )
+        assert {"hub"} <= model.keys() or {"package", "member", "file", "bytes", "sha256"} <= model.keys(), name

@@ -47,16 +47,12 @@ def test_input_that_is_not_utf_8(tiny_model: Path) -> None:
 
 def test_session(tiny_model: Path, tmp_path: Path) -> None:
     chat = tmp_path / "chat.json"
-    script = (
-        f"hello\n\n/save {chat}\nand you?\n/reset\n/load {chat}\nonce more\n/save {chat}\n/exit\nnot read\n"
-    )
+    script = f"hello\n\n/save {chat}\nand you?\n/reset\n/load {chat}\nonce more\n/save {chat}\n/exit\nnot read\n"
     done = run(tiny_model, "--system", "be good", "--temp", 0, "--max-tokens", 8, stdin=script)
     saved = json.loads(chat.read_text())
     assert saved["system"] == "be good"
     assert [message["content"] for message in saved["messages"][::2]] == ["hello", "once more"]
-    assert [message["content"].strip() for message in saved["messages"][1::2]] == done.stdout.splitlines()[
-        ::2
-    ]
+    assert [message["content"].strip() for message in saved["messages"][1::2]] == done.stdout.splitlines()[::2]
     assert done.stderr.count("tokens/s") == 3
     assert "the chat is forgotten" in done.stderr
     assert f"loaded 1 turn(s) from {chat}" in done.stderr
@@ -95,9 +91,7 @@ def test_model_without_template_says_so(tmp_path: Path) -> None:
 
 
 def test_closed_pipe_is_no_traceback(tiny_model: Path) -> None:
-    command = " ".join(
-        f"'{part}'" for part in [*COMMAND, str(tiny_model), "--prompt", "hello", "--temp", "0"]
-    )
+    command = " ".join(f"'{part}'" for part in [*COMMAND, str(tiny_model), "--prompt", "hello", "--temp", "0"])
     done = subprocess.run(
         f"{command} | head -c 1", shell=True, capture_output=True, text=True, timeout=120, check=False
     )

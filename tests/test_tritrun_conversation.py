@@ -101,9 +101,7 @@ def test_save_fails_cleanly(tmp_path: Path) -> None:
 
 def saved(**changes: object) -> str:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    return json.dumps(
-        {"format": "tritrun-chat", "version": 1, "system": None, "messages": messages} | changes
-    )
+    return json.dumps({"format": "tritrun-chat", "version": 1, "system": None, "messages": messages} | changes)
 
 
 @pytest.mark.parametrize(

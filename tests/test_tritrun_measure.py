@@ -127,10 +127,7 @@ def test_kept_logits_are_checked(tiny_model: Path, poor_copy: Path, text: Path, 
     command = ["perplexity", poor_copy, "-f", text, *OPTIONS, "--logits", logits]
     assert "give --base to make it" in run(*command, exit_code=1).stderr
     run(*command, "--base", tiny_model)
-    assert (
-        "was made with base tiny.gguf, not poor.gguf"
-        in run(*command, "--base", poor_copy, exit_code=1).stderr
-    )
+    assert "was made with base tiny.gguf, not poor.gguf" in run(*command, "--base", poor_copy, exit_code=1).stderr
     assert "was made with chunks 8, not 7" in run(*command, "--chunks", 7, exit_code=1).stderr
     text.write_text(text.read_text() + "More.")
     assert "was made with text_sha256" in run(*command, exit_code=1).stderr
@@ -152,9 +149,7 @@ def test_too_few_tokens_for_statistics(tiny_model: Path, text: Path) -> None:
     assert "too few tokens, raise --chunks or --ctx" in run(*command, exit_code=1).stderr
 
 
-def test_another_vocabulary(
-    tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_vocabulary(tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiny_gguf.TOKENS", ["<unk>", "<s>", "</s>"])
     monkeypatch.setattr("tiny_gguf._LETTER_TOKENS", [])
     monkeypatch.setattr("tiny_gguf._BYTE_TOKENS", [])
@@ -174,9 +169,7 @@ def test_another_vocabulary(
         ("exit 0", "no result"),
     ],
 )
-def test_perplexity_tool_fails(
-    fake_tools: Path, tiny_model: Path, text: Path, script: str, reason: str
-) -> None:
+def test_perplexity_tool_fails(fake_tools: Path, tiny_model: Path, text: Path, script: str, reason: str) -> None:
     put_tool(fake_tools, "llama-perplexity", script)
     message = run("perplexity", tiny_model, "-f", text, exit_code=1).stderr
     assert message.startswith("error: llama-perplexity: ")
@@ -261,9 +254,7 @@ def test_bench_tool_fails(fake_tools: Path, tiny_model: Path, script: str, reaso
     assert message.count("\n") == 1
 
 
-def test_all_models_are_checked_before_the_first_run(
-    fake_tools: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_all_models_are_checked_before_the_first_run(fake_tools: Path, tiny_model: Path, tmp_path: Path) -> None:
     put_tool(fake_tools, "llama-bench", f"touch '{tmp_path}/started'")
     assert "no such file" in run("bench", tiny_model, tmp_path / "none.gguf", exit_code=1).stderr
     assert not (tmp_path / "started").exists()

@@ -73,9 +73,7 @@ def test_trit_tensors_without_a_version_are_version_1(path: Path) -> None:
 
 @pytest.mark.parametrize("version", [0, 2, 77])
 def test_unknown_trit_version(path: Path, version: int) -> None:
-    content = bare_gguf(
-        [u32_entry("trit.format_version", version)], [tensor_entry("w", TRIT3, (64,))], TRIT3_BLOCK
-    )
+    content = bare_gguf([u32_entry("trit.format_version", version)], [tensor_entry("w", TRIT3, (64,))], TRIT3_BLOCK)
     assert f"TRIT format version {version} is not known, only 1" in read(path, content)
 
 
@@ -108,10 +106,7 @@ def test_gguf_versions(path: Path) -> None:
 
 def test_truncated_data(path: Path) -> None:
     message = read(path, VALID[:-1])
-    assert (
-        f"truncated: tensor 'norm.weight' ends at byte {len(VALID)}, the file at byte {len(VALID) - 1}"
-        in message
-    )
+    assert f"truncated: tensor 'norm.weight' ends at byte {len(VALID)}, the file at byte {len(VALID) - 1}" in message
 
 
 @pytest.mark.parametrize(
@@ -147,9 +142,7 @@ def test_every_truncation_is_reported(tmp_path_factory: pytest.TempPathFactory, 
 
 @settings(max_examples=500)
 @given(at=st.integers(0, len(VALID) - 1), flip=st.integers(1, 255))
-def test_a_flipped_byte_gives_a_model_or_an_error(
-    tmp_path_factory: pytest.TempPathFactory, at: int, flip: int
-) -> None:
+def test_a_flipped_byte_gives_a_model_or_an_error(tmp_path_factory: pytest.TempPathFactory, at: int, flip: int) -> None:
     path = tmp_path_factory.getbasetemp() / "flipped.gguf"
     path.write_bytes(VALID[:at] + bytes([VALID[at] ^ flip]) + VALID[at + 1 :])
     try:

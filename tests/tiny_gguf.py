@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-HIDDEN, HEADS, FEED_FORWARD, LAYERS, TRAINED_CONTEXT = 64, 4, 128, 2, 32768
+HIDDEN, HEADS, LAYERS, TRAINED_CONTEXT = 64, 4, 2, 32768
 CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 _CONTROL_TOKENS = ["<unk>", "<s>", "</s>"]
@@ -16,7 +16,12 @@ TOKENS = _CONTROL_TOKENS + _BYTE_TOKENS + _LETTER_TOKENS
 
 
 def write_tiny_model(
-    path: Path, *, chat_template: str | None = CHAT_TEMPLATE, seed: int = 0, noise: float = 0
+    path: Path,
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+    seed: int = 0,
+    noise: float = 0,
+    hidden: int = HIDDEN,
 ) -> Path:
     """Write a Llama with random float16 matrices; its greedy answers are letters without end.
 
@@ -24,17 +29,18 @@ def write_tiny_model(
         chat_template: Jinja template, None for none.
         seed: of the weights.
         noise: relative error of the weights, for a poor copy of the model with the same seed.
+        hidden: row length of most matrices; the feed-forward layers are twice as wide.
     """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
     writer.add_context_length(TRAINED_CONTEXT)
-    writer.add_embedding_length(HIDDEN)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_feed_forward_length(2 * hidden)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS // 2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_dimension_count(hidden // HEADS)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(TOKENS)
     writer.add_token_scores([0.0] * len(TOKENS))
@@ -47,7 +53,7 @@ def write_tiny_model(
     writer.add_add_space_prefix(False)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    for name, weights in _weights(seed, noise).items():
+    for name, weights in _weights(seed, noise, hidden).items():
         writer.add_tensor(name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -56,7 +62,7 @@ def write_tiny_model(
     return path
 
 
-def _weights(seed: int, noise: float) -> dict[str, np.ndarray]:
+def _weights(seed: int, noise: float, hidden: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     noise_rng = np.random.default_rng(seed + 1)
 
@@ -65,26 +71,26 @@ def _weights(seed: int, noise: float) -> dict[str, np.ndarray]:
         return (weights * (1 + noise * noise_rng.normal(0, 1, weights.shape))).astype(np.float16)
 
     def norm() -> np.ndarray:
-        return np.ones(HIDDEN, np.float32)
+        return np.ones(hidden, np.float32)
 
-    output = matrix(len(TOKENS), HIDDEN, 0.5)
+    output = matrix(len(TOKENS), hidden, 0.5)
     output[: len(TOKENS) - len(_LETTER_TOKENS)] = 0
     tensors = {
-        "token_embd.weight": matrix(len(TOKENS), HIDDEN, 1.0),
+        "token_embd.weight": matrix(len(TOKENS), hidden, 1.0),
         "output.weight": output,
         "output_norm.weight": norm(),
     }
     for layer in range(LAYERS):
         tensors |= {
             f"blk.{layer}.attn_norm.weight": norm(),
-            f"blk.{layer}.attn_q.weight": matrix(HIDDEN, HIDDEN),
-            f"blk.{layer}.attn_k.weight": matrix(HIDDEN // 2, HIDDEN),
-            f"blk.{layer}.attn_v.weight": matrix(HIDDEN // 2, HIDDEN),
-            f"blk.{layer}.attn_output.weight": matrix(HIDDEN, HIDDEN),
+            f"blk.{layer}.attn_q.weight": matrix(hidden, hidden),
+            f"blk.{layer}.attn_k.weight": matrix(hidden // 2, hidden),
+            f"blk.{layer}.attn_v.weight": matrix(hidden // 2, hidden),
+            f"blk.{layer}.attn_output.weight": matrix(hidden, hidden),
             f"blk.{layer}.ffn_norm.weight": norm(),
-            f"blk.{layer}.ffn_gate.weight": matrix(FEED_FORWARD, HIDDEN),
-            f"blk.{layer}.ffn_up.weight": matrix(FEED_FORWARD, HIDDEN),
-            f"blk.{layer}.ffn_down.weight": matrix(HIDDEN, FEED_FORWARD),
+            f"blk.{layer}.ffn_gate.weight": matrix(2 * hidden, hidden),
+            f"blk.{layer}.ffn_up.weight": matrix(2 * hidden, hidden),
+            f"blk.{layer}.ffn_down.weight": matrix(hidden, 2 * hidden),
         }
     return tensors
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 
 from tritconv.errors import TritError
@@ -48,6 +50,8 @@ def find_checkpoint(source: str, revision: str | None = None) -> Path:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         # consolidated.safetensors, where there is one, holds the same weights in another layout
         folder = _snapshot(hub_id, revision, [*_TEXT_FILES, "model*.safetensors"])

@@ -115,9 +115,7 @@ def hf_to_gguf(
 
 @app.command("gguf-to-gguf", epilog=examples("tritconv gguf-to-gguf model-F16.gguf --depth 2"))
 def gguf_to_gguf(
-    source: Annotated[
-        Path, typer.Argument(metavar="IN.gguf", help="A GGUF file of any type.", show_default=False)
-    ],
+    source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A GGUF file of any type.", show_default=False)],
     depth: Depth,
     output: Output = None,
     embed_type: EmbedType = StorageType.Q8_0,

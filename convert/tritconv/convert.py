@@ -57,7 +57,8 @@ def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
     target = job.target(model)
     folder = find_checkpoint(source, revision)
     note(f"reading {folder}")
-    checkpoint = open_checkpoint(folder, job.plan.depth)
+    from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
+    checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
     return _write(checkpoint.header, checkpoint.tensors, source, target, job)
 
 

@@ -100,8 +100,6 @@ def _encode_rows(rows: np.ndarray, start: int, qtype: GGMLQuantizationType) -> E
         data = quants.quantize(chunk, qtype)
         stored = quants.dequantize(data, qtype).astype(np.float32)
 
-    error = (chunk - stored).ravel().astype(np.float64)
-    energy = chunk.ravel().astype(np.float64)
-    return Encoded(
-        np.ascontiguousarray(data).view(np.uint8).ravel(), float(error @ error), float(energy @ energy)
-    )
+    lost = (chunk - stored).ravel().astype(np.float64)
+    whole = chunk.ravel().astype(np.float64)
+    return Encoded(np.ascontiguousarray(data).view(np.uint8).ravel(), float(lost @ lost), float(whole @ whole))

@@ -17,11 +17,12 @@ CODE_MAX = {depth: (3**depth - 1) // 2 for depth in DEPTHS}
 
 # round(1024 * 2^((13 - k) / 6)); group 0 uses RATIO_ONE whatever its index
 RATIO_ONE = 1024
-RATIO = np.array(
-    [4598, 4096, 3649, 3251, 2896, 2580, 2299, 2048, 1825, 1625, 1448, 1290, 1149, 1024]
-    + [912, 813, 724, 645, 575, 512, 456, 406, 362, 323, 287, 256, 228],
-    dtype=np.int16,
-)
+# fmt: off
+RATIO = np.array([
+    4598, 4096, 3649, 3251, 2896, 2580, 2299, 2048, 1825, 1625, 1448, 1290, 1149, 1024,
+    912, 813, 724, 645, 575, 512, 456, 406, 362, 323, 287, 256, 228,
+], dtype=np.int16)
+# fmt: on
 
 # The float32 nearest to 3^(2 - depth) * 2^(3 - i/6) / 1024, i = 0..5: the first octave of anchors.
 _ANCHOR_OCTAVE = {

@@ -16,7 +16,7 @@ DEPTH_OF_TYPE = {qtype: depth for depth, qtype in TRIT_TYPE.items()}
 
 
 def _register(trit_depth: int) -> None:
-    class Trit(quants.__Quant, qtype=TRIT_TYPE[trit_depth]):  # type: ignore[misc]
+    class Trit(quants.__Quant, qtype=TRIT_TYPE[trit_depth]):  # type: ignore[call-arg]
         @classmethod
         def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
             return pack(search(blocks, trit_depth))

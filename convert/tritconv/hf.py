@@ -30,8 +30,13 @@ class Checkpoint:
     tensors: list[SourceTensor]
 
 
-def open_checkpoint(folder: Path, depth: int) -> Checkpoint:
+def open_checkpoint(folder: Path, depth: int, name: str | None = None) -> Checkpoint:
     """Map the checkpoint in `folder` to GGUF names and metadata. Reads no weights.
+
+    Args:
+        folder: a checkpoint that has been checked.
+        depth: trits per weight, for the file type.
+        name: of the model; None leaves it to llama.cpp, which asks the model card and the folder's name.
 
     Raises:
         TritError: llama.cpp's converter does not know the architecture or the tokenizer, or cannot read a file.
@@ -52,15 +57,13 @@ def open_checkpoint(folder: Path, depth: int) -> Checkpoint:
         raise TritError(f"{folder}: llama.cpp's converter does not support {architecture}") from error
 
     try:
-        model = _mapping(upstream)(folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull))
+        model = _mapping(upstream)(folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull), model_name=name)
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
     except TritError:
         raise
     except Exception as error:  # the package raises whatever its many authors chose
-        raise TritError(
-            f"{folder}: llama.cpp's converter failed on {architecture}: {_first_line(error)}"
-        ) from error
+        raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {_first_line(error)}") from error
     return Checkpoint(model.gguf_writer, list(_source_tensors(model, depth)))
 
 
@@ -78,7 +81,7 @@ def _first_line(error: Exception) -> str:
 def _mapping(upstream: type) -> type:
     """A converter class of llama.cpp that remembers the tensors before they are quantized."""
 
-    class Mapping(upstream):  # type: ignore[misc, valid-type]
+    class Mapping(upstream):
         model_arch = upstream.model_arch  # type: ignore[attr-defined]
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -13,10 +13,10 @@ from tritconv.gguf_types import TRIT_TYPE
 class Kind(Enum):
     """What a tensor is, as far as its type goes."""
 
-    MATRIX = "layer matrices"
-    EMBEDDING = "token embeddings"
-    OUTPUT = "output (lm_head)"
-    KEPT = "norms, biases, other"
+    MATRIX = "layers"
+    EMBEDDING = "embeddings"
+    OUTPUT = "lm_head"
+    KEPT = "norms, other"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from tritconv.codec import Blocks
 from tritconv.errors import NotFiniteError, RangeError
-from tritconv.format import BLOCK_SIZE, CODE_MAX, GROUP_SIZE, N_ANCHORS, N_GROUPS, N_SCALES, RATIO_ONE, anchor
+from tritconv.format import CODE_MAX, GROUP_SIZE, N_ANCHORS, N_GROUPS, N_SCALES, RATIO_ONE, anchor
 
 _N_POS = N_ANCHORS + N_SCALES - 1
 _POS_ANCHOR = 13  # position of the anchor n = 0

@@ -177,6 +177,4 @@ def _outcome(
     tensor: SourceTensor, qtype: GGMLQuantizationType, encoded: Encoded, fallback: str | None = None
 ) -> StoredTensor:
     n_weights = int(np.prod(tensor.shape))
-    return StoredTensor(
-        tensor.name, tensor.kind, n_weights, qtype, len(encoded.data), encoded.relative_error, fallback
-    )
+    return StoredTensor(tensor.name, tensor.kind, n_weights, qtype, len(encoded.data), encoded.relative_error, fallback)

@@ -55,9 +55,7 @@ def check_stamp(path: Path, wanted: Stamp) -> None:
     found = _read_stamp(path)
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise TritError(
-                f"{path} was made with {key} {found.get(key)}, not {value}; delete it or name another file"
-            )
+            raise TritError(f"{path} was made with {key} {found.get(key)}, not {value}; delete it or name another file")
 
 
 def _read_stamp(path: Path) -> Stamp:

@@ -92,8 +92,7 @@ def _benchmark(model: ModelFile, output: str) -> Benchmark:
     """Read llama-bench's JSON: one test with prompt tokens only, one with answer tokens only."""
     try:
         speeds = {
-            test["n_gen"] > 0: Speed(float(test["avg_ts"]), float(test["stddev_ts"]))
-            for test in json.loads(output)
+            test["n_gen"] > 0: Speed(float(test["avg_ts"]), float(test["stddev_ts"])) for test in json.loads(output)
         }
         return Benchmark(model, prompt=speeds[False], answer=speeds[True])
     except (ValueError, TypeError, KeyError) as error:

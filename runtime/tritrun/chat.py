@@ -121,9 +121,7 @@ class Chat:
             note(f"the context is full: the model no longer sees the oldest {dropped} turn(s)")
         # Another seed for each turn, or the same words would come back; the same ones for the same --seed.
         seed = (self._seed + len(conversation.messages) // 2) % _RANDOM_SEED
-        answer = self._engine.answer(
-            prompt, Sampling(options.temperature, options.top_p, seed), options.max_tokens
-        )
+        answer = self._engine.answer(prompt, Sampling(options.temperature, options.top_p, seed), options.max_tokens)
         pieces: list[str] = []
         begun = False
         try:

@@ -72,17 +72,13 @@ def chat(
         typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this once and leave; - reads stdin."),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
-    temp: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="Temperature; 0 takes the likeliest token.")
-    ] = 0.8,
+    temp: Annotated[float, typer.Option(min=0.0, metavar="T", help="Temperature; 0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from this share of the odds.")
     ] = 0.95,
     seed: Annotated[
         int | None,
-        typer.Option(
-            min=0, max=2**32 - 1, metavar="N", help="Gives the same answers again.", show_default="random"
-        ),
+        typer.Option(min=0, max=2**32 - 1, metavar="N", help="Gives the same answers again.", show_default="random"),
     ] = None,
     ctx: Annotated[
         int | None,
@@ -94,13 +90,9 @@ def chat(
             show_default="up to 4096",
         ),
     ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Longest answer in tokens; 0 sets no limit.")
-    ] = 0,
+    max_tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Longest answer in tokens; 0 sets no limit.")] = 0,
     threads: ThreadsOption = None,
-    gpu_layers: Annotated[
-        int, typer.Option(min=-1, metavar="N", help="Layers to keep on a GPU; -1 is all.")
-    ] = 0,
+    gpu_layers: Annotated[int, typer.Option(min=-1, metavar="N", help="Layers to keep on a GPU; -1 is all.")] = 0,
 ) -> None:
     """Chat with a model.
 
@@ -133,12 +125,8 @@ def chat(
 )
 def perplexity(
     model: ModelArgument,
-    file: Annotated[
-        Path, typer.Option("--file", "-f", metavar="TEXT", help="Text to predict.", show_default=False)
-    ],
-    base: Annotated[
-        Path | None, typer.Option(metavar="F16.gguf", help="Model to give the KL divergence from.")
-    ] = None,
+    file: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="Text to predict.", show_default=False)],
+    base: Annotated[Path | None, typer.Option(metavar="F16.gguf", help="Model to give the KL divergence from.")] = None,
     chunks: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Chunks of text to use.", show_default="all")
     ] = None,
@@ -149,9 +137,7 @@ def perplexity(
     logits: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep the base's logits here, and use them again.")
     ] = None,
-    json: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the figures as JSON; - is stdout.")
-    ] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures as JSON; - is stdout.")] = None,
 ) -> None:
     """Measure how well a model predicts a text, with llama.cpp's own llama-perplexity."""
     run = Run(file, ctx, chunks, threads or physical_cores())
@@ -166,18 +152,14 @@ def perplexity(
 
 @app.command(epilog=examples("tritrun bench model-TRIT2.gguf model-TRIT3.gguf model-Q4_K_M.gguf"))
 def bench(
-    models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL.gguf...", help="Model files.", show_default=False)
-    ],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Model files.", show_default=False)],
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", min=1, metavar="N", help="Length of the prompt.")
     ] = 512,
     answer_tokens: Annotated[
         int, typer.Option("--answer-tokens", "-n", min=1, metavar="N", help="Length of the answer.")
     ] = 64,
-    repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Runs of each test.")
-    ] = 5,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Runs of each test.")] = 5,
     threads: ThreadsOption = None,
 ) -> None:
     """Measure the speed of models, with llama.cpp's own llama-bench."""

@@ -49,9 +49,7 @@ class Conversation:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return system + self.messages[first:]
 
-    def fit(
-        self, encode: Callable[[list[Message]], list[int]], n_ctx: int, room: int
-    ) -> tuple[list[int], int]:
+    def fit(self, encode: Callable[[list[Message]], list[int]], n_ctx: int, room: int) -> tuple[list[int], int]:
         """Drop the oldest turns until prompt and answer fit into the context.
 
         Once it has to drop, it makes a quarter more space than needed: every drop changes the beginning of

@@ -36,8 +36,7 @@ def _cpu_quotas(root: Path) -> Iterator[int]:
     """Whole CPUs allowed by each cgroup limit that applies."""
     for group in _cgroups(root, "cpu"):
         quota, _, period = (
-            _read(group / "cpu.max")
-            or f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
+            _read(group / "cpu.max") or f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
         ).partition(" ")
         if quota.isdigit() and period.isdigit() and int(period):
             yield int(quota) // int(period)

@@ -75,9 +75,7 @@ class Run:
     chunks: int | None  # None: all that the text has
     threads: int
 
-    def measure(
-        self, model: ModelFile, base: ModelFile | None = None, logits: Path | None = None
-    ) -> Measurement:
+    def measure(self, model: ModelFile, base: ModelFile | None = None, logits: Path | None = None) -> Measurement:
         """Perplexity of `model`; with a base model or its logits also the divergence from it.
 
         Args:
@@ -94,9 +92,7 @@ class Run:
                 return self._result(model, log, log.perplexity())
             try:
                 with self._base_logits(progress, model, base, logits) as file:
-                    log = self._run_tool(
-                        progress, model, "--kl-divergence", "--kl-divergence-base", str(file)
-                    )
+                    log = self._run_tool(progress, model, "--kl-divergence", "--kl-divergence-base", str(file))
             except OSError as error:
                 raise TritError(f"{error.filename or 'base logits'}: {error.strerror}") from error
         return self._result(model, log, log.statistics().get("Mean PPL(Q)"), _divergence(log))

@@ -43,9 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sdist", type=Path, help="use this source distribution instead of fetching it; it is verified"
     )
-    parser.add_argument(
-        "--patch-dir", type=Path, default=HERE, help="folder with series, patches/ and files/"
-    )
+    parser.add_argument("--patch-dir", type=Path, default=HERE, help="folder with series, patches/ and files/")
     parser.add_argument(
         "--python",
         type=Path,
@@ -61,16 +59,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="use this machine's instruction sets, less those that fault; --no-native: AVX2 at most",
     )
-    parser.add_argument(
-        "--cuda", action="store_true", help="build the CUDA backend too (needs the CUDA toolkit)"
-    )
-    parser.add_argument(
-        "--target", action="append", help="build only this target, and do not install; may be repeated"
-    )
+    parser.add_argument("--cuda", action="store_true", help="build the CUDA backend too (needs the CUDA toolkit)")
+    parser.add_argument("--target", action="append", help="build only this target, and do not install; may be repeated")
     stop = parser.add_mutually_exclusive_group()
-    stop.add_argument(
-        "--check-patch", action="store_true", help="only check that the series applies; keep nothing"
-    )
+    stop.add_argument("--check-patch", action="store_true", help="only check that the series applies; keep nothing")
     stop.add_argument("--source-only", action="store_true", help="stop after patching")
     return parser.parse_args(arguments)
 

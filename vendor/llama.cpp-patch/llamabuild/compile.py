@@ -66,9 +66,7 @@ class Build:
         log: what CMake and Ninja last wrote.
     """
 
-    def __init__(
-        self, folder: Path, log: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]
-    ):
+    def __init__(self, folder: Path, log: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]):
         self.folder = folder
         self.log = log
         self._cmake = find_tool("cmake", python, PIP_HINT)
@@ -92,9 +90,7 @@ class Build:
         command = [str(self._cmake), "-S", str(source), "-B", str(self.folder), "-G", "Ninja"]
         command += [f"-DCMAKE_MAKE_PROGRAM={self._ninja}", *arguments]
         stamp = self.folder / "configured"
-        wanted = "\n".join(
-            [*command, *(f"{name}={self._env[name]}" for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS"))]
-        )
+        wanted = "\n".join([*command, *(f"{name}={self._env[name]}" for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS"))])
         if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
             return False
         (self.folder / "CMakeCache.txt").unlink(missing_ok=True)  # CMake keeps an old compiler otherwise

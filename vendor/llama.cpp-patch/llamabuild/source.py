@@ -97,9 +97,7 @@ def fetch(folder: Path, python: Path) -> Path:
             try:
                 run([*pip, "--no-deps", "--no-binary", PACKAGE, "--dest", fresh, requirement])
             except BuildError as error:
-                raise BuildError(
-                    f"cannot download {requirement}: {error}; check the network and pip's index"
-                ) from None
+                raise BuildError(f"cannot download {requirement}: {error}; check the network and pip's index") from None
             downloaded = Path(fresh) / sdist.name
             verify(downloaded)
             os.replace(downloaded, sdist)
@@ -156,9 +154,7 @@ def sync(fresh: Path, tree: Path) -> list[Path]:
     present = {path.relative_to(tree) for path in tree.rglob("*") if path.is_file()}
     stale = present - wanted
     changed = {
-        path
-        for path in wanted
-        if path not in present or not filecmp.cmp(fresh / path, tree / path, shallow=False)
+        path for path in wanted if path not in present or not filecmp.cmp(fresh / path, tree / path, shallow=False)
     }
     for path in stale:
         (tree / path).unlink()

@@ -17,9 +17,7 @@ BINDINGS_FOLDERS = (Path("llama_cpp"), LLAMA_CPP / "conversion")
 KEY_FILE = Path("llama_cpp/lib/build.key")
 """Lies in the wheel, so that the installed package itself says which build it is."""
 
-ENVIRONMENT = (
-    "import sys, sysconfig; print(sys.prefix != sys.base_prefix, sysconfig.get_path('platlib'), sep='\\n')"
-)
+ENVIRONMENT = "import sys, sysconfig; print(sys.prefix != sys.base_prefix, sysconfig.get_path('platlib'), sep='\\n')"
 """Asks an interpreter whether it is in a virtual environment, and where its packages are."""
 
 

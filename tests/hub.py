@@ -1,0 +1,130 @@
+"""A stand-in for the Hugging Face hub: the part of its HTTP API that downloads of a snapshot use."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    models: dict[str, Path]
+    gated: set[str]
+    token: str | None
+    requests: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.requests.append(f"{self.command} {path}")
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"] and len(parts) >= 4:
+            self._api("/".join(parts[2:4]), parts[4:], body)
+        elif len(parts) >= 5 and parts[2] == "resolve":
+            self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), body)
+        else:
+            self._error(404, None, body)
+
+    def _allowed(self, model: str, revision: str, body: bool) -> bool:
+        if model not in self.models:
+            self._error(401, "RepoNotFound", body)
+        elif model in self.gated and self.headers.get("Authorization") != f"Bearer {self.token}":
+            self._error(403, "GatedRepo", body)
+        elif revision not in ("main", COMMIT):
+            self._error(404, "RevisionNotFound", body)
+        else:
+            return True
+        return False
+
+    def _api(self, model: str, rest: list[str], body: bool) -> None:
+        revision = rest[1] if len(rest) > 1 else "main"
+        # the hub tells of gated models to everyone, only their files are kept back
+        gated, self.gated = self.gated, set()
+        allowed = self._allowed(model, revision, body)
+        self.gated = gated
+        if not allowed:
+            return
+        files = sorted(file for file in self.models[model].iterdir() if file.is_file())
+        if rest[:1] == ["tree"]:
+            listing: object = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _etag(f)} for f in files
+            ]
+        else:
+            listing = {
+                "id": model,
+                "modelId": model,
+                "sha": COMMIT,
+                "private": False,
+                "gated": "auto" if model in gated else False,
+                "tags": [],
+                "siblings": [{"rfilename": file.name} for file in files],
+            }
+        self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"}, body)
+
+    def _file(self, model: str, revision: str, name: str, body: bool) -> None:
+        if not self._allowed(model, revision, body):
+            return
+        file = self.models[model] / name
+        if not file.is_file():
+            self._error(404, "EntryNotFound", body)
+            return
+        headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        self._send(200, file.read_bytes(), headers, body)
+
+    def _error(self, status: int, code: str | None, body: bool) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
+        self._send(status, b"{}", headers, body)
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+def _etag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+class Hub:
+    """A running stand-in. `requests` is what it was asked."""
+
+    def __init__(self, url: str, requests: list[str]) -> None:
+        self.url = url
+        self.requests = requests
+
+
+@contextmanager
+def serve(models: dict[str, Path], gated: set[str] = frozenset(), token: str | None = None) -> Iterator[Hub]:  # type: ignore[assignment]
+    """Serve folders as models. Those in `gated` need the token."""
+    requests: list[str] = []
+    handler = type(
+        "Handler",
+        (_Handler,),
+        {"models": models, "gated": set(gated), "token": token, "requests": requests},
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield Hub(f"http://127.0.0.1:{server.server_port}", requests)
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,138 @@
+"""The search method: it equals the reference in C, finds the best scales, and refuses what cannot be held."""
+
+import itertools
+
+import ggml
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from strategies import depths, weights
+
+from tritconv.codec import Blocks, pack
+from tritconv.errors import NotFiniteError, RangeError
+from tritconv.format import CODE_MAX, DEPTHS
+from tritconv.search import search
+
+
+@settings(deadline=None)
+@given(weights(), depths)
+def test_same_blocks_as_c(w: np.ndarray, depth: int) -> None:
+    assert np.array_equal(pack(search(w, depth)), ggml.quantize(depth, w))
+
+
+@settings(deadline=None)
+@given(weights(), depths)
+def test_same_blocks_as_c_with_importance(w: np.ndarray, depth: int) -> None:
+    q = np.exp(np.random.default_rng(len(w)).standard_normal(w.shape)).astype(np.float32)
+    assert np.array_equal(pack(search(w, depth, q)), ggml.quantize(depth, w, q))
+
+
+@settings(deadline=None)
+@given(weights(), depths)
+def test_no_weight_is_clipped_far(w: np.ndarray, depth: int) -> None:
+    """Clipping is a choice of the search, worth it only for a few levels, not a limit of the codebook."""
+    got = search(w, depth)
+    reach = np.repeat(got.group_scales(), 16, axis=1) * CODE_MAX[depth]
+    overshoot = np.abs(w) / reach
+    assert overshoot.max() < {1: 4.0, 2: 2.2, 3: 1.8, 4: 1.6}[depth]
+
+
+def _best_by_force(w: np.ndarray, depth: int) -> float:
+    """Least squared error of one block over all anchors and scale indexes."""
+    top = CODE_MAX[depth]
+    k = np.array([(k0, k1, 0, 0) for k0, k1 in itertools.product(range(27), range(27))], dtype=np.uint8)
+    errors = np.full((81, 4, 27), np.inf)
+    for n in range(81):
+        # a block with k_g in group g and the parity trit chosen to give anchor n
+        for g, kg in itertools.product(range(4), range(27)):
+            if g == 0 and kg:
+                continue
+            k = np.zeros((1, 4), dtype=np.uint8)
+            k[0, 0] = n // 3
+            k[0, max(g, 1)] = kg
+            k[0, 1 + max(g, 1) % 3] = (n - kg) % 3
+            scale = Blocks(depth, np.zeros((1, 64), np.int8), k).group_scales()[0, g]
+            x = w[0, 16 * g : 16 * g + 16]
+            codes = np.clip(np.rint(x / scale), -top, top)
+            errors[n, g, kg] = ((x - codes * scale).astype(np.float64) ** 2).sum()
+    best = np.inf
+    for n in range(81):
+        for residues in itertools.product(range(3), repeat=2):
+            r = (*residues, (n - sum(residues)) % 3)
+            best = min(best, errors[n, 0, 0] + sum(errors[n, g, r[g - 1] :: 3].min() for g in (1, 2, 3)))
+    return best
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_near_the_best_of_all_scales(depth: int) -> None:
+    rng = np.random.default_rng(depth)
+    found = forced = 0.0
+    for _ in range(6):
+        w = (rng.standard_normal((1, 64)) * 0.1 * np.exp(rng.standard_normal((1, 64)))).astype(np.float32)
+        error = float(((search(w, depth).decode() - w).astype(np.float64) ** 2).sum())
+        best = _best_by_force(w, depth)
+        assert error >= best * (1 - 1e-6)
+        found, forced = found + error, forced + best
+    assert found <= forced * 1.02
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_importance_moves_the_error(depth: int) -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((200, 64)).astype(np.float32)
+    q = np.where(np.arange(64) % 2 == 0, 100, 1).astype(np.float32) * np.ones_like(w)
+    plain = (search(w, depth).decode() - w) ** 2
+    weighted = (search(w, depth, q).decode() - w) ** 2
+    assert weighted[:, 0::2].sum() < plain[:, 0::2].sum()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e-38, 2.0**-26])
+def test_zeros_and_denormals_are_zero(depth: int, value: float) -> None:
+    w = np.full((3, 64), value, dtype=np.float32)
+    got = search(w, depth)
+    assert not got.decode().any()
+    assert (got.scales == 13).all()
+    assert np.array_equal(pack(got), ggml.quantize(depth, w))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_greatest_weights(depth: int) -> None:
+    greatest = 3.0 ** (2 - depth) * 8 * CODE_MAX[depth]
+    w = np.full((1, 64), greatest, dtype=np.float32)
+    assert np.allclose(search(w, depth).decode(), w)
+    w[0, 16:] *= 4.48
+    assert np.allclose(search(w, depth).decode(), w, rtol=0.05)
+    assert np.array_equal(pack(search(w, depth)), ggml.quantize(depth, w))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_finite(depth: int, value: float) -> None:
+    w = np.ones((5, 64), dtype=np.float32)
+    w[3, 7] = value
+    with pytest.raises(NotFiniteError) as caught:
+        search(w, depth)
+    assert caught.value.index == 3 * 64 + 7
+    assert not ggml.validate(depth, ggml.quantize(depth, w))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize(("column", "value", "bound"), [(0, 40.0, "above"), (20, 200.0, "above")])
+def test_above_the_range(depth: int, column: int, value: float, bound: str) -> None:
+    w = np.ones((5, 64), dtype=np.float32)
+    w[2, column] = value
+    with pytest.raises(RangeError, match=bound) as caught:
+        search(w, depth)
+    assert caught.value.block == 2
+    assert not ggml.validate(depth, ggml.quantize(depth, w))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_below_the_range(depth: int) -> None:
+    w = np.ones((5, 64), dtype=np.float32)
+    w[4] = 1e-5
+    with pytest.raises(RangeError, match="below") as caught:
+        search(w, depth)
+    assert caught.value.block == 4
+    assert not ggml.validate(depth, ggml.quantize(depth, w))
