@@ -21,9 +21,9 @@ DEMO_MODEL := SmolLM2-135M-Instruct
 DEMO_GGUF  := models/$(DEMO_MODEL).Q4_1.gguf
 DEMO_TRIT  := models/$(DEMO_MODEL)-TRIT3.gguf
 
-# Upstream's operator tests that a weight type takes part in, less the few with 32 and more large expert matrices:
-# those take longer than all the others together.
-BACKEND_OPS := -o MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY -p '^(?!.*n_mats=(32|[0-9]{3}),)'
+# Upstream's operator tests that a weight type takes part in, less those with 32 and more large expert matrices,
+# which take long and test nothing else.
+BACKEND_OPS := -o MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY -p '^(?!.*n_mats=(32|[0-9]{3,}),)'
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
 
 .DELETE_ON_ERROR:
@@ -32,8 +32,10 @@ CPUS := $(shell getconf _NPROCESSORS_ONLN)
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
+# The system prompt is empty because the one of the model's own chat template makes this small model ramble in French,
+# in the published Q4_1 file as well.
 demo: $(DEMO_TRIT) ## install, build, convert the demo model and let it answer
-	$(BIN)/tritrun chat $(DEMO_TRIT) --prompt "What is the capital of France?" --temp 0
+	$(BIN)/tritrun chat $(DEMO_TRIT) --prompt "What is the capital of France?" --system "" --temp 0
 
 test: lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
 	build/cmake/bin/test-quantize-fns

@@ -64,7 +64,7 @@ def test_kl_divergence_falls_with_depth(
 def test_the_demo_model_knows_the_capital_of_france(tmp_path: Path) -> None:
     path = tmp_path / "trit3.gguf"
     assert tritconv("gguf-to-gguf", SMOLLM2_GGUF, "--depth", 3, "-o", path).returncode == 0
-    done = _tritrun("chat", path, "--prompt", "What is the capital of France?", "--temp", 0)
+    done = _tritrun("chat", path, "--prompt", "What is the capital of France?", "--system", "", "--temp", 0)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
 

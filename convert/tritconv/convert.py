@@ -1,6 +1,7 @@
 """The conversion: a source, a plan, a file, a report."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.progress import (
 
 import tritconv
 from tritconv.checkpoint import find_checkpoint
-from tritconv.console import err, note, one_line
+from tritconv.console import err, one_line
 from tritconv.encode import n_bytes
 from tritconv.errors import TritError
 from tritconv.format import FORMAT_VERSION
@@ -56,9 +57,9 @@ def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
         model = Path(source).resolve().name
     target = job.target(model)
     folder = find_checkpoint(source, revision)
-    note(f"reading {folder}")
     from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
-    checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
+    with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
+        checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
     return _write(checkpoint.header, checkpoint.tensors, source, target, job)
 
 
@@ -89,6 +90,7 @@ def _write(header: GGUFWriter, tensors: list[SourceTensor], source: str, target:
         TimeRemainingColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
     total = sum(n_bytes(tensor.shape, job.plan.type_of(tensor)) for tensor in tensors)
     with progress:

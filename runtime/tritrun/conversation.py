@@ -19,7 +19,7 @@ class Conversation:
     """User and assistant messages in turns, after an optional system prompt.
 
     Attributes:
-        system: the system prompt, None for none.
+        system: the system prompt; None leaves it to the model's chat template, which may have one of its own.
         messages: all turns since the start; the last one is the user's while its answer is awaited.
         first: index of the oldest message that is still sent to the model; always even.
     """
@@ -46,7 +46,7 @@ class Conversation:
 
     def sent(self, first: int) -> list[Message]:
         """What the model gets: the system prompt and the messages from index `first` on."""
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system is not None else []
         return system + self.messages[first:]
 
     def fit(self, encode: Callable[[list[Message]], list[int]], n_ctx: int, room: int) -> tuple[list[int], int]:
