@@ -71,7 +71,9 @@ def chat(
         str | None,
         typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this once and leave; - reads stdin."),
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt; '' keeps the model's own out too.")] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System prompt; '' leaves out the model's own.")
+    ] = None,
     temp: Annotated[float, typer.Option(min=0.0, metavar="T", help="Temperature; 0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from this share of the odds.")
