@@ -189,6 +189,7 @@ def test_interrupt(smollm2: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
     )
     deadline = time.monotonic() + 300
     while not (parts := list(tmp_path.iterdir())) or parts[0].stat().st_size == 0:

@@ -1,6 +1,10 @@
 """Checkpoints of several architectures become TRIT files that llama.cpp computes with."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +55,7 @@ def test_types_and_metadata(checkpoint: Path, tmp_path: Path) -> None:
         "trit.format_version": 1,
         "trit.depth": 2,
         "trit.method": "search",
-        "trit.source": str(checkpoint),
+        "trit.source": checkpoint.name,
     }
     assert expected.items() <= model.metadata.items()
     assert str(model.metadata["trit.codec"]).startswith("tritconv ")
@@ -148,3 +152,28 @@ def test_same_file_whatever_the_threads(checkpoint: Path, tmp_path: Path) -> Non
         assert done.returncode == 0, done.stderr
         files.append(path.read_bytes())
     assert files[0] == files[1]
+
+
+def _peak_memory(folder: Path, target: Path) -> int:
+    """Peak resident memory of a conversion, in bytes."""
+    command = [sys.executable, "-m", "tritconv", "hf-to-gguf", str(folder), "--depth", "2", "-o", str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    """Eighteen layers more, 150 MB in float16 and twice that in float32, take hardly more memory."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
+    few = make_checkpoint(tmp_path / "few", num_hidden_layers=2, **sizes)
+    many = make_checkpoint(tmp_path / "many", num_hidden_layers=20, **sizes)
+    more = (many / "model.safetensors").stat().st_size - (few / "model.safetensors").stat().st_size
+    assert more > 140e6
+    assert _peak_memory(many, tmp_path / "many.gguf") - _peak_memory(few, tmp_path / "few.gguf") < 40e6

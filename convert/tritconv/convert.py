@@ -1,6 +1,7 @@
 """The conversion: a source, a plan, a file, a report."""
 
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from tritconv.hf import open_checkpoint
 from tritconv.model_file import read_model_file
 from tritconv.plan import SourceTensor, TypePlan
 from tritconv.writer import Written, write
+
+# How file names end that say their type: model-F16, model.Q4_K_M
+_TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,13 @@ def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
     from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
     with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
         checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
-    return _write(checkpoint.header, checkpoint.tensors, source, target, job)
+    return _write(checkpoint.header, checkpoint.tensors, source if from_hub else model, target, job)
 
 
 def gguf_to_gguf(source: Path, job: Job) -> Written:
     """Convert a GGUF file. Raises TritError."""
     read_model_file(source)  # checks the header before anything trusts it
-    target = job.target(source.name.removesuffix(".gguf"))
+    target = job.target(_TYPE_SUFFIX.sub("", source.name.removesuffix(".gguf")))
     if target.exists() and target.samefile(source):
         raise TritError(f"{target} is the source itself: name another file with -o")
     header, tensors = open_gguf(source)

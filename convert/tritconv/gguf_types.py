@@ -9,7 +9,6 @@ from gguf import GGMLQuantizationType, quants
 
 from tritconv.codec import pack, unpack
 from tritconv.format import DEPTHS
-from tritconv.search import search
 
 TRIT_TYPE = {depth: GGMLQuantizationType[f"TRIT{depth}"] for depth in DEPTHS}
 DEPTH_OF_TYPE = {qtype: depth for depth, qtype in TRIT_TYPE.items()}
@@ -19,6 +18,8 @@ def _register(trit_depth: int) -> None:
     class Trit(quants.__Quant, qtype=TRIT_TYPE[trit_depth]):  # type: ignore[call-arg]
         @classmethod
         def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
+            from tritconv.search import search  # loads torch, which takes seconds
+
             return pack(search(blocks, trit_depth))
 
         @classmethod
