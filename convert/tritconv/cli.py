@@ -8,7 +8,7 @@ import typer
 from gguf import GGMLQuantizationType
 
 from tritconv import __version__
-from tritconv.commands import Commands, examples
+from tritconv.commands import examples, new_app
 from tritconv.console import out
 from tritconv.errors import TritError
 from tritconv.format import DEPTHS
@@ -17,14 +17,7 @@ from tritconv.plan import TypePlan
 if TYPE_CHECKING:
     from tritconv.convert import Job
 
-app = typer.Typer(
-    name="tritconv",
-    cls=Commands,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", lambda: __version__)
 
 
 class StorageType(str, Enum):
@@ -41,12 +34,6 @@ class StorageType(str, Enum):
     def qtype(self) -> GGMLQuantizationType:
         """The type as gguf knows it."""
         return GGMLQuantizationType[self.name]
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tritconv {__version__}")
-        raise typer.Exit
 
 
 Depth = Annotated[
@@ -75,15 +62,6 @@ Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="all cores")
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", "-V", help="Show the version.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Convert language models to GGUF files with balanced-ternary weights."""
 
 
 @app.command(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal as human_size
 
-from tritconv.commands import Commands, examples
+from tritconv.commands import examples, new_app
 from tritconv.console import err, forgive_encodings, note, out
 from tritconv.model_file import read_model_file
 from tritrun.bench import BenchRun
@@ -18,20 +18,9 @@ from tritrun.files import write_text_atomically
 from tritrun.machine import available_memory, physical_cores
 from tritrun.perplexity import Run
 
-app = typer.Typer(
-    name="tritrun",
-    cls=Commands,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tritrun {_version('trit-gguf')} (llama-cpp-python {_version('llama-cpp-python')})")
-        raise typer.Exit
+def _versions() -> str:
+    return f"{_version('trit-gguf')} (llama-cpp-python {_version('llama-cpp-python')})"
 
 
 def _version(package: str) -> str:
@@ -41,20 +30,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
+
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model file.", show_default=False)]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="physical cores"),
 ]
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", "-V", help="Show the version.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Chat with TRIT and other GGUF models, and measure them."""
 
 
 @app.command(
