@@ -40,7 +40,6 @@ def test_no_weight_is_clipped_far(w: np.ndarray, depth: int) -> None:
 def _best_by_force(w: np.ndarray, depth: int) -> float:
     """Least squared error of one block over all anchors and scale indexes."""
     top = CODE_MAX[depth]
-    k = np.array([(k0, k1, 0, 0) for k0, k1 in itertools.product(range(27), range(27))], dtype=np.uint8)
     errors = np.full((81, 4, 27), np.inf)
     for n in range(81):
         # a block with k_g in group g and the parity trit chosen to give anchor n

@@ -10,7 +10,6 @@ import numpy as np
 from tritconv.errors import TritError
 from tritconv.format import (
     BLOCK_SIZE,
-    BYTES_PER_BLOCK,
     GROUP_SIZE,
     N_GROUPS,
     RATIO,
@@ -156,8 +155,3 @@ def validate(depth: int, data: np.ndarray) -> None:
     wrong = np.flatnonzero((pack(unpack(depth, data)) != data).any(axis=1))
     if len(wrong):
         raise TritError(f"block {wrong[0]} is not TRIT{depth} data: the file is damaged")
-
-
-def bits_per_weight(depth: int) -> float:
-    """Bits per weight of a type, scales included."""
-    return BYTES_PER_BLOCK[depth] * 8 / BLOCK_SIZE

@@ -1,7 +1,6 @@
 """Encodes a tensor to a storage type on all cores, and measures what the encoding lost."""
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -69,14 +68,10 @@ class Encoder:
             RangeError: a TRIT type cannot hold a block; `block` counts from the start of the tensor.
         """
         rows = values.reshape(-1, values.shape[-1] if values.ndim else 1)
-        parts = list(self._pool.map(lambda start: _encode_rows(rows, start, qtype), _starts(rows)))
+        starts = range(0, len(rows), _rows_per_chunk(rows))
+        parts = list(self._pool.map(lambda start: _encode_rows(rows, start, qtype), starts))
         data = np.concatenate([part.data for part in parts])
         return Encoded(data, sum(p.squared_error for p in parts), sum(p.energy for p in parts))
-
-
-def _starts(rows: np.ndarray) -> Iterator[int]:
-    step = _rows_per_chunk(rows)
-    yield from range(0, len(rows), step)
 
 
 def _rows_per_chunk(rows: np.ndarray) -> int:

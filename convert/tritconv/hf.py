@@ -42,13 +42,13 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None) -> Checkp
         TritError: llama.cpp's converter does not know the architecture or the tokenizer, or cannot read a file.
     """
     # the package of the patched llama.cpp: loading it takes seconds, so only a conversion does
-    from conversion import ModelBase, get_model_architecture, get_model_class
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
     logging.getLogger("gguf").setLevel(logging.ERROR)
     try:
         hparams = ModelBase.load_hparams(folder, False)
-        architecture = get_model_architecture(hparams, _text_model_type())
+        architecture = get_model_architecture(hparams, ModelType.TEXT)
     except Exception as error:
         raise TritError(f"{folder / 'config.json'} names no architecture: {_first_line(error)}") from error
     try:
@@ -60,17 +60,9 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None) -> Checkp
         model = _mapping(upstream)(folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull), model_name=name)
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
-    except TritError:
-        raise
     except Exception as error:  # the package raises whatever its many authors chose
         raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {_first_line(error)}") from error
     return Checkpoint(model.gguf_writer, list(_source_tensors(model, depth)))
-
-
-def _text_model_type() -> Any:
-    from conversion import ModelType
-
-    return ModelType.TEXT
 
 
 def _first_line(error: Exception) -> str:

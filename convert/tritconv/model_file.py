@@ -17,8 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.filesize import decimal as human_size
 
 from tritconv.errors import TritError
-
-TRIT_FORMAT_VERSIONS = (1,)
+from tritconv.format import FORMAT_VERSION
 
 _GGUF_VERSIONS = (2, 3)
 _MAX_DIMS = 4
@@ -195,10 +194,9 @@ class _HeaderReader:
     def _check_trit_version(self, metadata: dict[str, Value]) -> None:
         # llama-quantize writes TRIT tensors without the key: they are version 1.
         version = metadata.get("trit.format_version", 1)
-        if version not in TRIT_FORMAT_VERSIONS:
-            known = ", ".join(map(str, TRIT_FORMAT_VERSIONS))
+        if version != FORMAT_VERSION:
             raise TritError(
-                f"{self._path}: TRIT format version {version} is not known, only {known}; update trit-gguf, "
+                f"{self._path}: TRIT format version {version} is not known, only {FORMAT_VERSION}; update trit-gguf, "
                 "or convert the model again"
             )
 
