@@ -10,12 +10,18 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 #   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-# Options of vendor/llama.cpp-patch/build.py: `make build CUDA=1`, `make build BUILD_FLAGS=--no-native`.
+# Options of vendor/llama.cpp-patch/build.py: `make build CUDA=1`, `make build CPU=native`.
+# CPU=all is what the tests need and what runs anywhere; CPU=native is for this machine alone and compiles less. Name the
+# same one to each goal: the other is another build, and takes the place of the first.
+CPU ?= all
 CUDA ?= 0
 BUILD_FLAGS ?=
 ifeq ($(CUDA),1)
 BUILD_FLAGS += --cuda
 endif
+
+# Options of bench/speed.py.
+BENCH_FLAGS ?=
 
 DEMO_MODEL := SmolLM2-135M-Instruct
 DEMO_GGUF  := models/$(DEMO_MODEL).Q4_1.gguf
@@ -27,7 +33,7 @@ BACKEND_OPS := -o MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY -p '^(?!.*n_mats=(32|
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build lint format clean
+.PHONY: help demo test bench build lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,13 +44,16 @@ demo: $(DEMO_TRIT) ## install, build, convert the demo model and let it answer
 	$(BIN)/tritrun chat $(DEMO_TRIT) --prompt "What is the capital of France?" --system "" --temp 0
 
 test: lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
-	build/cmake/bin/test-quantize-fns
 	build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BACKEND_OPS) > build/test-backend-ops.log \
 	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
 	$(BIN)/python -m pytest
 
+bench: $(DEMO_GGUF) ## measure speed beside other types: BENCH_FLAGS="--models llama-1b --cpu haswell"
+	$(BIN)/python bench/speed.py $(BENCH_FLAGS)
+	$(BIN)/python bench/micro.py
+
 build: $(VENV)/tools ## build the patched llama.cpp and install llama-cpp-python over it
-	$(BIN)/python vendor/llama.cpp-patch/build.py $(BUILD_FLAGS)
+	$(BIN)/python vendor/llama.cpp-patch/build.py --cpu $(CPU) $(BUILD_FLAGS)
 
 lint: $(VENV)/packages ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK
+from tritrun import variants
 
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 Q8_0_BLOCK = 32
@@ -29,11 +30,16 @@ def tool(name: str) -> Path:
 
 
 @cache
-def library(name: str) -> ctypes.CDLL:
-    """`ggml-base` has the reference, `ggml-cpu` the kernels."""
-    loaded = ctypes.CDLL(str(folder() / "lib" / f"lib{name}.{_SUFFIX}"))
-    if name == "ggml-cpu":
-        loaded.ggml_cpu_init()  # fills the table that converts float16
+def base() -> ctypes.CDLL:
+    """The library with the reference of the types."""
+    return ctypes.CDLL(str(folder() / "lib" / f"libggml-base.{_SUFFIX}"))
+
+
+@cache
+def cpu(variant: str | None = None) -> ctypes.CDLL:
+    """The library with the kernels, in one of `tritrun.variants.runnable()`; None for the best of them."""
+    loaded = ctypes.CDLL(str(variants.modules()[variant or variants.runnable()[0]]))
+    loaded.ggml_cpu_init()  # fills the table that converts float16
     return loaded
 
 
@@ -45,7 +51,7 @@ def quantize(depth: int, weights: np.ndarray, importance: np.ndarray | None = No
     """uint8 (n, bytes): blocks of float32 (n, 64) by the reference in C; each row is one block."""
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     out = np.zeros((len(weights), BYTES_PER_BLOCK[depth]), dtype=np.uint8)
-    function = getattr(library("ggml-base"), f"quantize_trit{depth}")
+    function = getattr(base(), f"quantize_trit{depth}")
     function.restype = ctypes.c_size_t
     # one row of all blocks: each has its own importance
     n_per_row = ctypes.c_int64(weights.size)
@@ -57,22 +63,24 @@ def quantize(depth: int, weights: np.ndarray, importance: np.ndarray | None = No
 def dequantize(depth: int, data: np.ndarray) -> np.ndarray:
     """float32 (n, 64): the weights of blocks uint8 (n, bytes)."""
     out = np.zeros((len(data), BLOCK_SIZE), dtype=np.float32)
-    function = getattr(library("ggml-base"), f"dequantize_row_trit{depth}")
+    function = getattr(base(), f"dequantize_row_trit{depth}")
     function(_pointer(np.ascontiguousarray(data)), _pointer(out), ctypes.c_int64(out.size))
     return out
 
 
 def validate(depth: int, data: np.ndarray) -> bool:
     """Whether ggml takes the blocks."""
-    function = library("ggml-base").ggml_validate_row_data
+    function = base().ggml_validate_row_data
     function.restype = ctypes.c_bool
     return bool(function(ctypes.c_int(84 + depth), _pointer(data), ctypes.c_size_t(data.nbytes)))
 
 
-def vec_dot(depth: int, data: np.ndarray, activations: np.ndarray, *, generic: bool = False) -> float:
-    """Dot product of blocks uint8 (n, bytes) with Q8_0 activations uint8 (2 n, 34)."""
+def vec_dot(
+    depth: int, data: np.ndarray, activations: np.ndarray, *, generic: bool = False, variant: str | None = None
+) -> float:
+    """Dot product of blocks uint8 (n, bytes) with Q8_0 activations uint8 (2 n, 34), by one variant of the kernels."""
     suffix = "_generic" if generic else ""
-    function = getattr(library("ggml-cpu"), f"ggml_vec_dot_trit{depth}_q8_0{suffix}")
+    function = getattr(cpu(variant), f"ggml_vec_dot_trit{depth}_q8_0{suffix}")
     out = ctypes.c_float(float("nan"))
     zero = ctypes.c_size_t(0)
     function(

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import build as build_script
+from llamabuild import compile as compiling
 from llamabuild import source, toolchain, wheels
 from llamabuild.shell import BuildError, error_line
 
@@ -274,13 +276,13 @@ def test_missing_cmake(
         assert found is not None
         (tools / name).symlink_to(found)
     monkeypatch.setenv("PATH", str(tools))
-    line = failure(capsys, *arguments, "--no-native", "--python", tools / "python")
+    line = failure(capsys, *arguments, "--cpu", "all", "--python", tools / "python")
     assert "cmake not found" in line
     assert "pip install cmake ninja" in line
 
 
 def test_cmake_fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    line = failure(capsys, *arguments, "--no-native")
+    line = failure(capsys, *arguments, "--cpu", "all")
     assert "cannot configure llama.cpp: cmake failed" in line
     assert "CMakeLists.txt" in line
 
@@ -296,24 +298,36 @@ add_executable(broken other.c)
 def test_compile(arguments: list[str], patches: source.PatchSet, tree: Path) -> None:
     write(patches.root / "files" / "CMakeLists.txt", CMAKE_LISTS)
     write(patches.root / "files" / "src" / "new.c", "int main(void) { return 7; }\n")
-    assert build_script.main([*arguments, "--no-native", "--target", "good"]) == 0
+    assert build_script.main([*arguments, "--cpu", "all", "--target", "good"]) == 0
     program = tree.parent / "cmake" / "good"
     assert subprocess.run([program]).returncode == 7
 
     first = program.stat().st_mtime_ns
-    assert build_script.main([*arguments, "--no-native", "--target", "good"]) == 0
+    assert build_script.main([*arguments, "--cpu", "all", "--target", "good"]) == 0
     assert program.stat().st_mtime_ns == first, "nothing is built twice"
 
     write(patches.root / "files" / "src" / "new.c", "int main(void) { return 8; }\n")
-    assert build_script.main([*arguments, "--no-native", "--target", "good"]) == 0
+    assert build_script.main([*arguments, "--cpu", "all", "--target", "good"]) == 0
     assert subprocess.run([program]).returncode == 8
+
+
+def test_another_configuration_leaves_no_module_behind(
+    arguments: list[str], patches: source.PatchSet, tree: Path
+) -> None:
+    lists = CMAKE_LISTS + "if (GGML_BACKEND_DL)\n  add_library(module MODULE src/new.c)\nendif()\n"
+    write(patches.root / "files" / "CMakeLists.txt", lists)
+    write(patches.root / "files" / "src" / "new.c", "int main(void) { return 7; }\n")
+    assert build_script.main([*arguments, "--cpu", "all", "--target", "good", "--target", "module"]) == 0
+    assert (tree.parent / "cmake" / "libmodule.so").exists()
+    assert build_script.main([*arguments, "--cpu", "native", "--target", "good"]) == 0
+    assert not (tree.parent / "cmake" / "libmodule.so").exists()
 
 
 def test_compile_fails(
     arguments: list[str], patches: source.PatchSet, tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(patches.root / "files" / "CMakeLists.txt", CMAKE_LISTS)
-    assert build_script.main([*arguments, "--no-native", "--target", "broken"]) == 1
+    assert build_script.main([*arguments, "--cpu", "all", "--target", "broken"]) == 1
     *log, line = capsys.readouterr().err.splitlines()
     assert any("other.c:1" in entry for entry in log)
     assert line.startswith("build.py: the build failed: ")
@@ -347,6 +361,47 @@ def test_this_machine_is_probed() -> None:
     assert isa.extra_flags in ((), toolchain.NO_AMX)
 
 
+PROBE = build_script.HERE / "files" / "ggml" / "src" / "ggml-cpu" / "arch" / "x86" / "amx-probe.h"
+
+FAULTS = f"""\
+#include <immintrin.h>
+#undef _tile_zero
+#define _tile_zero(tile) __builtin_trap()
+#include "{PROBE}"
+
+int main(void) {{
+    return amx_probe() || signal(SIGILL, SIG_DFL) != SIG_DFL;
+}}
+"""
+
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is for x86-64")
+
+
+def run_c(source: Path, program: Path, *flags: str) -> int:
+    """Compile a C program, run it and return its exit status."""
+    subprocess.run([*toolchain.find_compilers().c, *flags, "-o", program, source], check=True)
+    return subprocess.run([program]).returncode
+
+
+@x86
+def test_a_fault_of_the_amx_probe_stays_in_its_process(tmp_path: Path) -> None:
+    write(tmp_path / "faults.c", FAULTS)
+    assert run_c(tmp_path / "faults.c", tmp_path / "faults") == 0
+
+
+@x86
+def test_the_amx_probe_finds_the_same_however_it_is_compiled(tmp_path: Path) -> None:
+    levels = ("-O0", "-O1", "-O2", "-O3")
+    assert len({run_c(toolchain.PROBES / "amx.c", tmp_path / level, level) for level in levels}) == 1
+
+
+@pytest.mark.parametrize(("all_variants", "native"), [(True, "OFF"), (False, "ON")])
+def test_all_variants_exclude_native(all_variants: bool, native: str) -> None:
+    options = compiling.options(all_variants=all_variants, cuda=False, commit="c")
+    assert f"-DGGML_NATIVE={native}" in options
+    assert ("-DGGML_BACKEND_DL=ON" in options) == ("-DGGML_CPU_ALL_VARIANTS=ON" in options) == all_variants
+
+
 @pytest.mark.parametrize(
     ("output", "line"),
     [
@@ -368,6 +423,8 @@ def test_error_line(output: str, line: str) -> None:
 
 # The wheels.
 
+LIBRARIES = ("libggml-cpu-x64.so", "libllama.dylib")  # as on macOS: both are libraries there
+
 
 @pytest.fixture
 def built(tmp_path: Path) -> wheels.Wheels:
@@ -376,7 +433,7 @@ def built(tmp_path: Path) -> wheels.Wheels:
     packages = (folder / "__init__.py" for folder in wheels.BINDINGS_FOLDERS)
     for path in (*wheels.BINDINGS_FILES, *packages):
         write(tree / path, path.name)
-    for binary in ("libllama.so", "libllama.dylib", *wheels.TOOLS, "test-backend-ops"):
+    for binary in (*LIBRARIES, *wheels.TOOLS, "test-backend-ops"):
         write(binaries / binary, binary)
     return wheels.Wheels(tree, binaries, tmp_path / "wheel", Path(sys.executable))
 
@@ -384,7 +441,7 @@ def built(tmp_path: Path) -> wheels.Wheels:
 def test_wheel_holds_libraries_tools_and_conversion(built: wheels.Wheels) -> None:
     stage = built.stage("key")
     assert sorted(path.name for path in (stage / "llama_cpp" / "bin").iterdir()) == sorted(wheels.TOOLS)
-    assert [path.stem for path in (stage / "llama_cpp" / "lib").iterdir() if path.name != "build.key"] == ["libllama"]
+    assert sorted(path.name for path in (stage / "llama_cpp" / "lib").iterdir()) == ["build.key", *LIBRARIES]
     assert (stage / wheels.KEY_FILE).read_text() == "key"
     assert (stage / source.LLAMA_CPP / "conversion" / "__init__.py").exists()
 

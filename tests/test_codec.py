@@ -1,5 +1,6 @@
 """Blocks to words and back; the Python codec and the reference in C are the same, bit for bit."""
 
+import itertools
 from random import Random
 
 import ggml
@@ -11,7 +12,7 @@ from strategies import blocks
 
 from tritconv.codec import Blocks, pack, unpack, validate
 from tritconv.errors import TritError
-from tritconv.format import BYTES_PER_BLOCK, DEPTHS
+from tritconv.format import BYTES_PER_BLOCK, DEPTHS, WORDS_PER_BLOCK
 
 
 @given(blocks())
@@ -45,20 +46,36 @@ def test_any_words_are_judged_and_read_as_in_c(depth: int, random: Random, n: in
 
 def test_every_word_value() -> None:
     words = np.arange(65536, dtype="<u2")
-    # all five digits of a word of TRIT1 matter, the scale line and the reserved lanes included
+    # all ten trits of TRIT1's first word matter: eight codes and the upper trits of a scale index
     data = np.repeat(words[:, None], 8, axis=1).view(np.uint8)
     back = pack(unpack(1, data)).view("<u2")
     encodings = {(v * 65536 + 59048) // 59049 for v in range(59049)}
     assert [int(w) in encodings for w in words] == (back[:, 0] == words).tolist()
 
 
-@pytest.mark.parametrize(("depth", "word", "digit"), [(1, 6, 4), (1, 7, 4), (3, 18, 4), (3, 20, 4), (4, 26, 4)])
-def test_reserved_digits(depth: int, word: int, digit: int) -> None:
+# (word, trit) of each depth
+RESERVED = {
+    1: [(4, 9), (5, 9), (6, 9), (7, 9)],
+    2: [],
+    3: [(16, 9), (17, 9), (18, 9), (19, 9), (20, 8), (20, 9)],
+    4: [(26, 8), (26, 9)],
+}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_reserved_trits(depth: int) -> None:
+    """A trit that holds nothing must be 1; any other may change."""
     data = pack(Blocks(depth, np.zeros((1, 64), np.int8), np.full((1, 4), 13, np.uint8)))
     assert ggml.validate(depth, data)
-    words = data.view("<u2").copy()
-    v = int(words[0, word]) * 59049 // 65536 + 9 ** (4 - digit)  # the digit is one larger
-    words[0, word] = (v * 65536 + 59048) // 59049
-    assert not ggml.validate(depth, words.view(np.uint8))
-    with pytest.raises(TritError, match="block 0 is not"):
-        validate(depth, words.view(np.uint8))
+    for word, trit in itertools.product(range(WORDS_PER_BLOCK[depth]), range(10)):
+        words = data.view("<u2").copy()
+        v = 3**10 // 2 + 3 ** (9 - trit)  # ten trits of 1, as all of this block is, but for one that is now 2
+        words[0, word] = (v * 65536 + 59048) // 59049
+        changed = words.view(np.uint8)
+        if (word, trit) in RESERVED[depth]:
+            assert not ggml.validate(depth, changed)
+            with pytest.raises(TritError, match="block 0 is not"):
+                validate(depth, changed)
+        else:
+            assert ggml.validate(depth, changed)
+            validate(depth, changed)

@@ -11,6 +11,9 @@ from strategies import blocks
 
 from tritconv.codec import Blocks, pack
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, RATIO, RATIO_ONE
+from tritrun import variants
+
+VARIANTS = variants.runnable()
 
 
 def _activations(seed: int, n_blocks: int, extreme: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -29,48 +32,56 @@ def _integer_sums(weights: Blocks, values: np.ndarray) -> np.ndarray:
     return products.reshape(-1, 2, 32).sum(axis=2)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(deadline=None)
 @given(blocks(max_blocks=9), st.integers(0, 2**32 - 1), st.booleans())
-def test_dot_product(weights: Blocks, seed: int, extreme: bool) -> None:
+def test_dot_product(variant: str, weights: Blocks, seed: int, extreme: bool) -> None:
     depth, data = weights.depth, pack(weights)
     scales, values = _activations(seed, len(data), extreme)
     y = ggml.q8_0(scales, values)
-    got = ggml.vec_dot(depth, data, y)
-    assert got == pytest.approx(ggml.vec_dot(depth, data, y, generic=True), rel=1e-6, abs=1e-6)
+    got = ggml.vec_dot(depth, data, y, variant=variant)
 
     exact = weights.decode().astype(np.float64) * (scales[:, None].astype(np.float64) * values).reshape(-1, 64)
+    generic = ggml.vec_dot(depth, data, y, generic=True, variant=variant)
+    assert got == pytest.approx(generic, rel=1e-6, abs=1e-6 * np.abs(exact).sum())
     assert got == pytest.approx(exact.sum(), rel=1e-4, abs=1e-5 * np.abs(exact).sum())
+
+
+# ratios that are multiples of 256, for sums that are
+COARSE = np.array([k for k, ratio in enumerate(RATIO) if ratio % 256 == 0], np.uint8)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("generic", [False, True])
-def test_integer_sums_are_exact(depth: int, generic: bool) -> None:
-    """With one half of the activations zero and scales of one, the result is one integer sum, rounded once."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_integer_sums_are_exact(variant: str, generic: bool, depth: int) -> None:
+    """Float rounding is less than one in the integer sum would be: few activations, or sums in steps of 256."""
     rng = np.random.default_rng(depth)
     top = CODE_MAX[depth]
     for trial in range(200):
-        codes = rng.integers(-top, top + 1, (1, 64)).astype(np.int8)
-        scales = rng.integers(0, 27, (1, 4)).astype(np.uint8)
-        if trial % 4 == 0:
-            codes = rng.choice(np.array([-top, top], np.int8), (1, 64))
-            scales = rng.choice(np.array([0, 26], np.uint8), (1, 4))
-        if trial == 0:
-            codes, scales = np.full((1, 64), top, np.int8), np.array([[24, 0, 0, 0]], np.uint8)
-        # an anchor that is a power of two times 3^(2 - depth): its product rounds as the sum does
-        n_mod_6 = -(3 * int(scales[0, 0]) + int(scales[0, 1:].sum()) % 3) % 6
-        scales[0, 0] = min(26, scales[0, 0] + n_mod_6 // 3)
+        extreme = trial % 2 == 0
+        if extreme:
+            step, scales = 256, rng.choice(COARSE, (1, 4))
+            codes = np.full((1, 64), top, np.int8) if trial % 4 else rng.choice(np.array([-top, top], np.int8), (1, 64))
+            _, values = _activations(trial, 1, extreme=True)
+            values[trial // 4 % 2] = 0
+        else:
+            step, scales = 1, rng.integers(0, 27, (1, 4)).astype(np.uint8)
+            codes = rng.integers(-top, top + 1, (1, 64)).astype(np.int8)
+            values = np.zeros((2, 32), np.int8)
+            values.flat[rng.choice(64, 3, replace=False)] = rng.integers(-3, 4, 3)
         weights = Blocks(depth, codes, scales)
-        _, values = _activations(trial, 1, extreme=trial % 4 == 0)
-        values[trial % 2] = 0
-        sums = _integer_sums(weights, values)
-        anchor = weights.group_scales()[0, 0] / np.float32(RATIO_ONE)
-        expected = anchor * np.float32(sums.sum())
-        got = ggml.vec_dot(depth, pack(weights), ggml.q8_0(np.ones(2, np.float16), values), generic=generic)
-        assert np.float32(got) == expected
+        anchor = float(weights.group_scales()[0, 0]) / RATIO_ONE
+        rounding = 2.0**-23 * float(np.abs(weights.decode() * values.reshape(1, 64)).sum())
+        assert rounding < 0.5 * step * anchor
+        y = ggml.q8_0(np.ones(2, np.float16), values)
+        got = ggml.vec_dot(depth, pack(weights), y, generic=generic, variant=variant)
+        assert abs(got - anchor * int(_integer_sums(weights, values).sum())) <= rounding
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_no_read_past_the_end(depth: int) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_read_past_the_end(variant: str, depth: int) -> None:
     """The last block lies at the end of a page that is followed by one that cannot be read."""
     libc = ggml.ctypes.CDLL(None, use_errno=True)
     size = mmap.PAGESIZE
@@ -86,5 +97,5 @@ def test_no_read_past_the_end(depth: int) -> None:
     data[:] = pack(weights)
     scales, values = _activations(0, n, extreme=False)
     y = ggml.q8_0(scales, values)
-    got = ggml.vec_dot(depth, data, y)
-    assert got == pytest.approx(ggml.vec_dot(depth, data.copy(), y, generic=True), rel=1e-6)
+    got = ggml.vec_dot(depth, data, y, variant=variant)
+    assert got == pytest.approx(ggml.vec_dot(depth, data.copy(), y, generic=True, variant=variant), rel=1e-5)

@@ -10,6 +10,8 @@ import numpy as np
 from tritconv.errors import TritError
 from tritconv.format import (
     BLOCK_SIZE,
+    CODE_MAX,
+    DEPTHS,
     GROUP_SIZE,
     N_GROUPS,
     RATIO,
@@ -18,8 +20,10 @@ from tritconv.format import (
     anchor,
 )
 
-_N_DIGITS = 5  # base-9 digits in a word
-_RESERVED = 4  # value of the digits that hold nothing
+_PER_WORD = 10  # trits in a word
+_RESERVED = 1  # value of the trits that hold nothing
+_FIELDS = {1: 8, 2: 5, 3: 3, 4: 2}  # whole codes in a word
+_QUADS = {1: 2, 2: 3, 3: 5, 4: 6}  # quads of words that are filled so; the weights that are left go into gaps
 
 
 @dataclass(frozen=True)
@@ -48,40 +52,56 @@ class Blocks:
         return (self.group_scales()[:, :, None] * codes).reshape(-1, BLOCK_SIZE)
 
 
-# Digit j of word l is slot 5 * l + j of a block.
+# Trit j of word l, the first the most significant, is slot 10 * l + j of a block.
 
 
-def _slot(word: int, digit: int) -> int:
-    return _N_DIGITS * word + digit
+def _slot(word: int, trit: int) -> int:
+    return _PER_WORD * word + trit
 
 
-def _upper_slot(i: int) -> int:
-    """TRIT2..TRIT4: the digit with the two upper trits of weight i."""
-    if i < 40:
-        return _slot(i % 8, i // 8)
-    row, col = divmod(i - 40, 8)
-    return _slot(8 + col, row) if col < 6 else _slot(8 + 2 * row + col - 6, 3)
+def _weight_slot(depth: int, i: int, s: int) -> int:
+    """The slot of trit s of weight i. Words stand in quads; a quad holds four weights at a time, one in each lane."""
+    quad, rest = divmod(i, 4 * _FIELDS[depth])
+    lane = i % 4
+    if quad < _QUADS[depth]:
+        return _slot(4 * quad + lane, depth * (rest // 4) + s)
+    if depth == 2:
+        return _slot(12 + lane // 2, 2 * (lane % 2) + s)
+    if depth == 3:
+        return _slot(20, 2 * lane + s) if s < 2 else _slot(12 + lane, 9)
+    if i < 60:
+        return _slot(8 * ((i - 48) // 4) + 4 * (s // 2) + lane, 8 + s % 2)
+    return _slot(24 + lane // 2, s) if lane % 2 == 0 else _slot(26, 4 * (lane // 2) + s)
 
 
-def _lower_slot(i: int) -> int:
-    """TRIT4: the digit with the two lower trits of weight i."""
-    return _slot(14 + i % 8, i // 8) if i < 40 else _slot(22 + (i - 40) % 5, (i - 40) // 5)
-
-
-def _pair_slot(depth: int, i: int) -> int:
-    """TRIT1, TRIT3: the digit that pairs the last trit of weight i < 32 (high) with that of i + 32 (low)."""
+def _scale_slot(depth: int, g: int, s: int) -> int:
+    """The slot of trit s of the scale index of group g."""
     if depth == 1:
-        return _slot(i % 8, i // 8)
-    return _slot(14 + i % 8, i // 8) if i % 8 < 7 else _slot(14 + i // 8, 4)
+        return _slot(g, 8 + s) if s < 2 else _slot(4 + g, 8)
+    if depth == 3:
+        return _slot(4 * s + g, 9)
+    return _slot((12 if depth == 2 else 24) + g // 2, 4 + 3 * (g % 2) + s)
 
 
-_UPPER = np.array([_upper_slot(i) for i in range(64)])
-_LOWER = np.array([_lower_slot(i) for i in range(64)])
-_PAIR = {depth: np.array([_pair_slot(depth, i) for i in range(32)]) for depth in (1, 3)}
-# the scale line: k_0..k_3 div 3, then the low trits of k_0 and k_1, of k_2 and k_3
-_SCALE = {depth: np.array([_slot((0 if depth == 1 else 8) + i, 4) for i in range(6)]) for depth in (1, 2, 3, 4)}
-# what a code is split by: the weight of the upper trits
-_RADIX = {1: 3, 2: 1, 3: 3, 4: 9}
+# slots of trit s, most significant first: (depth, 64) and (3, 4)
+_WEIGHT_SLOTS = {d: np.array([[_weight_slot(d, i, s) for i in range(BLOCK_SIZE)] for s in range(d)]) for d in DEPTHS}
+_SCALE_SLOTS = {d: np.array([[_scale_slot(d, g, s) for g in range(N_GROUPS)] for s in range(3)]) for d in DEPTHS}
+
+
+def _put(trits: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+    """Write values uint8 (m, n) to the slots (trits per value, m) of trits uint8 (slots per block, n)."""
+    for row in slots[::-1]:
+        rest = values // 3
+        trits[row] = values - 3 * rest
+        values = rest
+
+
+def _get(trits: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Values of slots, the inverse of `_put`."""
+    values = trits[slots[0]]
+    for row in slots[1:]:
+        values = 3 * values + trits[row]
+    return values
 
 
 def pack(blocks: Blocks) -> np.ndarray:
@@ -90,29 +110,18 @@ def pack(blocks: Blocks) -> np.ndarray:
     Returns:
         uint8 (n, bytes per block): little-endian 16-bit words.
     """
-    depth, radix = blocks.depth, _RADIX[blocks.depth]
-    digits = np.full((len(blocks.codes), WORDS_PER_BLOCK[depth] * _N_DIGITS), _RESERVED, dtype=np.uint8)
+    depth, n_words = blocks.depth, WORDS_PER_BLOCK[blocks.depth]
+    # a row for each slot, so that picking slots moves whole rows
+    trits = np.full((n_words * _PER_WORD, len(blocks.codes)), _RESERVED, dtype=np.uint8)
+    _put(trits, _WEIGHT_SLOTS[depth], (blocks.codes.T + np.int8(CODE_MAX[depth])).view(np.uint8))
+    _put(trits, _SCALE_SLOTS[depth], blocks.scales.T)
 
-    codes = blocks.codes.astype(np.int16)
-    upper = (codes + radix // 2) // radix
-    lower = codes - radix * upper
-    if depth > 1:
-        digits[:, _UPPER] = upper + 4
-    if depth == 4:
-        digits[:, _LOWER] = lower + 4
-    if depth in _PAIR:
-        digits[:, _PAIR[depth]] = 3 * (lower[:, :32] + 1) + lower[:, 32:] + 1
-
-    high, low = np.divmod(blocks.scales, 3)
-    digits[:, _SCALE[depth][:4]] = high
-    digits[:, _SCALE[depth][4:]] = 3 * low[:, 0::2] + low[:, 1::2]
-
-    v = np.zeros((len(digits), WORDS_PER_BLOCK[depth]), dtype=np.uint32)
-    for j in range(_N_DIGITS):
-        v = 9 * v + digits[:, j::_N_DIGITS]
-    # a fixed-point fraction of 9^5, rounded up: digit j is then (q * 9^j mod 2^16) * 9 / 2^16
+    v = np.zeros((n_words, trits.shape[1]), dtype=np.uint32)
+    for j in range(_PER_WORD):
+        v = 3 * v + trits[j::_PER_WORD]
+    # a fixed-point fraction of 3^10, rounded up: the n trits from trit j on are (q * 3^j mod 2^16) * 3^n / 2^16
     words = (v * np.uint32(65536) + np.uint32(59048)) // np.uint32(59049)
-    return words.astype("<u2").view(np.uint8)
+    return np.ascontiguousarray(words.T, dtype="<u2").view(np.uint8)
 
 
 def unpack(depth: int, data: np.ndarray) -> Blocks:
@@ -121,26 +130,16 @@ def unpack(depth: int, data: np.ndarray) -> Blocks:
     Args:
         data: uint8 (n, bytes per block).
     """
-    words = np.ascontiguousarray(data).view("<u2").astype(np.uint32)
-    digits = np.empty((len(words), words.shape[1] * _N_DIGITS), dtype=np.int8)
-    for j in range(_N_DIGITS):
-        words = 9 * words
-        digits[:, j::_N_DIGITS] = words >> 16
+    words = np.ascontiguousarray(np.ascontiguousarray(data).view("<u2").T, dtype=np.uint32)
+    trits = np.empty((len(words) * _PER_WORD, words.shape[1]), dtype=np.uint8)
+    for j in range(_PER_WORD):
+        words = 3 * words
+        trits[j::_PER_WORD] = words >> 16
         words &= 0xFFFF
 
-    codes = np.zeros((len(digits), BLOCK_SIZE), dtype=np.int8)
-    if depth > 1:
-        codes = digits[:, _UPPER] - 4
-    if depth == 4:
-        codes = 9 * codes + digits[:, _LOWER] - 4
-    if depth in _PAIR:
-        high, low = np.divmod(digits[:, _PAIR[depth]], 3)
-        codes = 3 * codes + np.concatenate([high, low], axis=1) - 1
-
-    line = digits[:, _SCALE[depth]]
-    high, low = np.divmod(line[:, 4:], 3)
-    scales = 3 * line[:, :4] + np.stack([high, low], axis=2).reshape(-1, N_GROUPS)
-    return Blocks(depth, codes.astype(np.int8), scales.astype(np.uint8))
+    codes = _get(trits, _WEIGHT_SLOTS[depth]).view(np.int8) - np.int8(CODE_MAX[depth])
+    scales = _get(trits, _SCALE_SLOTS[depth])
+    return Blocks(depth, np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T))
 
 
 def validate(depth: int, data: np.ndarray) -> None:
@@ -150,7 +149,7 @@ def validate(depth: int, data: np.ndarray) -> None:
         data: uint8 (n, bytes per block).
 
     Raises:
-        TritError: a word is not an encoding, or a reserved digit is not as the format has it.
+        TritError: a word is not an encoding, or a reserved trit is not as the format has it.
     """
     wrong = np.flatnonzero((pack(unpack(depth, data)) != data).any(axis=1))
     if len(wrong):

@@ -10,6 +10,7 @@ from rich.table import Table
 from tritconv.console import err, one_line
 from tritconv.errors import TritError
 from tritconv.model_file import ModelFile
+from tritrun import variants
 from tritrun.tools import run_tool
 
 _TOOL = "llama-bench"
@@ -37,12 +38,17 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class BenchRun:
-    """Settings that all models share: tokens per test, repetitions of each, CPU threads."""
+    """Settings that all models share: tokens per test, repetitions of each, CPU threads.
+
+    Attributes:
+        cpu_only: leave GPUs alone, where llama-bench knows some.
+    """
 
     prompt_tokens: int
     answer_tokens: int
     repetitions: int
     threads: int
+    cpu_only: bool = False
 
     def measure(self, model: ModelFile) -> Benchmark:
         """Run llama-bench on `model`.
@@ -53,6 +59,8 @@ class BenchRun:
         arguments = ["-m", str(model.path), "-o", "json", "--progress"]
         arguments += ["-p", str(self.prompt_tokens), "-n", str(self.answer_tokens)]
         arguments += ["-r", str(self.repetitions), "-t", str(self.threads)]
+        if self.cpu_only:
+            arguments += ["-dev", "none", "-ngl", "0"]
         output: list[str] = []
         with err.status(model.path.name) as status:
 
@@ -70,7 +78,7 @@ class BenchRun:
         """All models in one table."""
         table = Table(
             caption=f"prompt of {self.prompt_tokens} tokens, answer of {self.answer_tokens}, "
-            f"{self.repetitions} runs, {self.threads} threads"
+            f"{self.repetitions} runs, {self.threads} threads, {variants.in_use()}"
         )
         table.add_column("model", overflow="fold")
         for heading in ("type", "size", "bpw", "prompt t/s", "answer t/s"):

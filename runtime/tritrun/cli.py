@@ -11,6 +11,7 @@ from rich.filesize import decimal as human_size
 from tritconv.commands import examples, new_app
 from tritconv.console import err, forgive_encodings, note, out
 from tritconv.model_file import read_model_file
+from tritrun import variants
 from tritrun.bench import BenchRun
 from tritrun.chat import Chat, ChatOptions
 from tritrun.engine import Engine
@@ -36,6 +37,10 @@ ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="physical cores"),
+]
+CpuOption = Annotated[
+    str | None,
+    typer.Option("--cpu", metavar="VARIANT", help="CPU code to use, such as haswell.", show_default="the best"),
 ]
 
 
@@ -76,6 +81,7 @@ def chat(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Longest answer in tokens; 0 sets no limit.")] = 0,
     threads: ThreadsOption = None,
+    cpu: CpuOption = None,
     gpu_layers: Annotated[int, typer.Option(min=-1, metavar="N", help="Layers to keep on a GPU; -1 is all.")] = 0,
 ) -> None:
     """Chat with a model.
@@ -83,6 +89,7 @@ def chat(
     Answers are streamed to stdout, everything else goes to stderr. /help in the chat lists its commands.
     """
     forgive_encodings()
+    variants.force(cpu)
     file = read_model_file(model)
     threads = threads or physical_cores()
     question = sys.stdin.read() if prompt == "-" else prompt
@@ -95,8 +102,8 @@ def chat(
             session.answer_once(question)
             return
         if interactive:
-            about = f"{file.name}, {file.main_type}, {engine.n_ctx} tokens of context, {threads} threads"
-            note(f"{about}; /help lists the commands")
+            about = f"{file.name}, {file.main_type}, {engine.n_ctx} tokens of context"
+            note(f"{about}, {threads} threads, {variants.in_use()}; /help lists the commands")
         session.run()
 
 
@@ -118,12 +125,14 @@ def perplexity(
         int, typer.Option(min=16, max=2**24, metavar="N", help="Tokens per chunk; its second half counts.")
     ] = 512,
     threads: ThreadsOption = None,
+    cpu: CpuOption = None,
     logits: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep the base's logits here, and use them again.")
     ] = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures as JSON; - is stdout.")] = None,
 ) -> None:
     """Measure how well a model predicts a text, with llama.cpp's own llama-perplexity."""
+    variants.force(cpu)
     run = Run(file, ctx, chunks, threads or physical_cores())
     result = run.measure(read_model_file(model), read_model_file(base) if base else None, logits)
     if json == "-":
@@ -145,8 +154,10 @@ def bench(
     ] = 64,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Runs of each test.")] = 5,
     threads: ThreadsOption = None,
+    cpu: CpuOption = None,
 ) -> None:
     """Measure the speed of models, with llama.cpp's own llama-bench."""
+    variants.force(cpu)
     files = [read_model_file(model) for model in models]
     for file in files:
         file.check_memory(prompt_tokens, available_memory())

@@ -29,14 +29,17 @@ class Finished:
         return self.last_error_line or f"exit code {self.exit_code}"
 
 
-def find_tool(name: str) -> Path:
+def find_tool(name: str, folder: Path | None = None) -> Path:
     """The program `name`, without loading the library beside it.
+
+    Args:
+        folder: to take it from; None for the installed one, or that of TRITRUN_BIN_DIR.
 
     Raises:
         TritError: it is not there.
     """
-    if folder := os.environ.get(_BIN_DIR):
-        tool = Path(folder) / name
+    if chosen := folder or os.environ.get(_BIN_DIR):
+        tool = Path(chosen) / name
     else:
         bindings = importlib.util.find_spec("llama_cpp")
         if bindings is None or bindings.origin is None:
@@ -47,19 +50,30 @@ def find_tool(name: str) -> Path:
     return tool
 
 
+def library_folder() -> Path:
+    """The folder of the libraries that the programs use: beside them in a build folder, ../lib where installed.
+
+    Raises:
+        TritError: the programs are not there.
+    """
+    folder = find_tool("llama-bench").parent
+    return folder if any(folder.glob("libggml-base.*")) else folder.parent / "lib"
+
+
 def run_tool(
     name: str,
     arguments: list[str],
     on_stdout: Callable[[str], None],
     on_stderr: Callable[[str], None] = lambda line: None,
+    folder: Path | None = None,
 ) -> Finished:
-    """Run llama.cpp's program `name` to its end, giving each line of its output to a callback.
+    """Run llama.cpp's program `name` (see `find_tool`) to its end, giving each line of its output to a callback.
 
     Raises:
         TritError: the program is not there or cannot be started.
         KeyboardInterrupt: Ctrl-C; the program is gone by then. So it is if a callback raises.
     """
-    command = [str(find_tool(name)), *arguments]
+    command = [str(find_tool(name, folder)), *arguments]
     # Options come from the command line only; llama.cpp would also take them from the environment.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
     try:

@@ -54,10 +54,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--jobs", type=int, default=cpus(), help="compile this many files at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--native",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="use this machine's instruction sets, less those that fault; --no-native: AVX2 at most",
+        "--cpu",
+        choices=("all", "native"),
+        default="all",
+        help="all: the CPU code in a variant for each family of CPUs, the best that runs is loaded; "
+        "native: in one for this machine alone, which builds faster (default: %(default)s)",
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA backend too (needs the CUDA toolkit)")
     parser.add_argument("--target", action="append", help="build only this target, and do not install; may be repeated")
@@ -94,19 +95,19 @@ def build(options: argparse.Namespace) -> None:
 
     compilers = toolchain.find_compilers()
     flags: tuple[str, ...] = ()
-    if options.native:
+    if options.cpu == "native":
         isa = toolchain.probe(compilers.c)
         flags = isa.extra_flags
         print(f"instruction sets announced: {' '.join(isa.announced) or 'baseline'}")
-        print(f"flags: native{' ' + ' '.join(flags) + ' (AMX faults when executed)' if flags else ''}")
+        print(f"flags: native{' ' + ' '.join(flags) + ' (AMX does not work when executed)' if flags else ''}")
     else:
-        print("flags: portable (AVX2 at most)")
+        print("instruction sets: all variants")
 
     work = compiling.Build(folder / "cmake", folder / "build.log", options.python, compilers, flags)
     commit = f"{source.VERSION}+trit"
     work.configure(
         folder / "src" / source.LLAMA_CPP,
-        compiling.options(native=options.native, cuda=options.cuda, commit=commit),
+        compiling.options(all_variants=options.cpu == "all", cuda=options.cuda, commit=commit),
     )
     work.compile(options.target or compiling.TARGETS, options.jobs)
     if options.target:

@@ -15,7 +15,7 @@ from pathlib import Path
 from .shell import BuildError, error_line, find_tool, outside_git, run
 from .toolchain import Compilers
 
-LIBRARIES = ("llama", "ggml", "ggml-base", "ggml-cpu", "mtmd")
+LIBRARIES = ("llama", "mtmd")  # ggml and its backends with them
 TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-bench", "llama-cli", "llama-server")
 TESTS = ("test-backend-ops", "test-quantize-fns")
 TARGETS = (*LIBRARIES, *TOOLS, *TESTS)
@@ -23,11 +23,12 @@ TARGETS = (*LIBRARIES, *TOOLS, *TESTS)
 PIP_HINT = "pip install cmake ninja"
 
 
-def options(*, native: bool, cuda: bool, commit: str) -> list[str]:
+def options(*, all_variants: bool, cuda: bool, commit: str) -> list[str]:
     """Return CMake's -D arguments.
 
     Args:
-        native: compile for this machine's instruction sets.
+        all_variants: compile the CPU code once for each family of CPUs, as modules that ggml chooses from when it
+            is loaded; otherwise once, for this machine's instruction sets.
         cuda: build ggml's CUDA backend too.
         commit: what the tools print as their commit.
     """
@@ -39,7 +40,9 @@ def options(*, native: bool, cuda: bool, commit: str) -> list[str]:
         # Libraries find one another beside them, tools find them in ../lib: the llama_cpp package's layout.
         "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
         "CMAKE_INSTALL_RPATH": f"{origin};{origin}/../lib",
-        "GGML_NATIVE": "ON" if native else "OFF",
+        "GGML_NATIVE": "OFF" if all_variants else "ON",
+        "GGML_BACKEND_DL": "ON" if all_variants else "OFF",
+        "GGML_CPU_ALL_VARIANTS": "ON" if all_variants else "OFF",
         "GGML_CUDA": "ON" if cuda else "OFF",
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": commit,
@@ -97,6 +100,8 @@ class Build:
         stamp.unlink(missing_ok=True)
         try:
             self.log.write_text(run(command, env=self._env), encoding="utf-8")
+            # Modules of another configuration would be loaded, and packaged.
+            run([self._ninja, "-C", self.folder, "-t", "cleandead"], env=self._env)
         except BuildError as error:
             raise BuildError(f"cannot configure llama.cpp: {error}") from None
         stamp.write_text(wanted, encoding="utf-8")

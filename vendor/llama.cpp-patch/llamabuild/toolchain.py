@@ -104,7 +104,7 @@ def _macros(cc: tuple[str, ...], empty: Path) -> set[str]:
     try:
         text = run([*cc, NATIVE, "-dM", "-E", empty])
     except BuildError as error:
-        raise BuildError(f"{cc[0]} does not take {NATIVE}: {error}; use --no-native") from None
+        raise BuildError(f"{cc[0]} does not take {NATIVE}: {error}; use --cpu all") from None
     return set(re.findall(r"^#define (\w+)", text, re.MULTILINE))
 
 

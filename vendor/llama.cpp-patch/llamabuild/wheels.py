@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +37,8 @@ class Wheels:
     python: Path
 
     def libraries(self) -> list[Path]:
-        """Return the built shared libraries."""
-        suffix = "dylib" if platform.system() == "Darwin" else "so"
-        return sorted(self.binaries.glob(f"lib*.{suffix}"))
+        """Return the built shared libraries; on macOS ggml's modules end in .so among the .dylib."""
+        return sorted(path for path in self.binaries.glob("lib*") if path.suffix in (".so", ".dylib"))
 
     def tools(self) -> list[Path]:
         """Return the command-line tools that go into ``llama_cpp/bin``."""

@@ -16,8 +16,7 @@ const int16_t ggml_trit_ratio[TRIT_N_SCALES] = {
      575,  512,  456,  406,  362,  323,  287,  256,  228,
 };
 
-// floats nearest to 3^(2 - depth) * 2^(3 - i/6) / 1024: the sixths of the first octave of anchors
-static const float anchor_octave[4][6] = {
+const float ggml_trit_anchor_octave[4][8] = {
     { 0x1.8p-6f,       0x1.561ae8p-6f,  0x1.30c7fp-6f,   0x1.0f876cp-6f,  0x1.e3cf48p-7f,  0x1.af0682p-7f  },
     { 0x1.0p-7f,       0x1.c823ep-8f,   0x1.965feap-8f,  0x1.6a09e6p-8f,  0x1.428a3p-8f,   0x1.1f59acp-8f  },
     { 0x1.555556p-9f,  0x1.3017eap-9f,  0x1.0eea9cp-9f,  0x1.e2b7dep-10f, 0x1.ae0d94p-10f, 0x1.7f223ap-10f },
@@ -29,122 +28,109 @@ static const float anchor_octave[4][6] = {
 //
 
 #define TRIT_MAX_WORDS 27
-#define TRIT_N_DIGITS  5 // base-9 digits in a word, the first is the most significant
-#define TRIT_RESERVED  4 // value of digits that hold nothing
+#define TRIT_PER_WORD  10 // trits in a word, the first is the most significant
+#define TRIT_RESERVED  1  // value of trits that hold nothing
 
-typedef uint8_t digit_plane[TRIT_MAX_WORDS][TRIT_N_DIGITS];
+typedef uint8_t trit_plane[TRIT_MAX_WORDS][TRIT_PER_WORD];
 
-static const int n_words[5] = { 0, 8, 14, 21, 27 };
+static const int n_words [5] = { 0, 8, 14, 21, 27 };
+static const int code_max[5] = { 0, 1,  4, 13, 40 };
 
 int ggml_trit_n_words(int depth) {
     assert(depth >= 1 && depth <= 4);
     return n_words[depth];
 }
 
-// TRIT2..TRIT4: the digit that holds the two upper trits of weight i
-static uint8_t * upper_digit(digit_plane d, int i) {
-    if (i < 40) {
-        return &d[i % 8][i / 8];
+// Place of trit s of weight i. Words stand in quads; a quad holds four weights at a time, one in each of its words.
+static uint8_t * weight_trit(int depth, trit_plane t, int i, int s) {
+    const int lane = i % 4;
+    switch (depth) {
+        case 1:
+            return &t[4*(i/32) + lane][(i%32)/4];
+        case 2:
+            return i < 60 ? &t[4*(i/20) + lane][2*((i%20)/4) + s] : &t[12 + lane/2][2*(lane%2) + s];
+        case 3:
+            if (i < 60) {
+                return &t[4*(i/12) + lane][3*((i%12)/4) + s];
+            }
+            return s < 2 ? &t[20][2*lane + s] : &t[12 + lane][9];
+        default:
+            if (i < 48) {
+                return &t[4*(i/8) + lane][4*((i%8)/4) + s];
+            }
+            if (i < 60) {
+                const int quad = 2*((i - 48)/4) + s/2;
+                return &t[4*quad + lane][8 + s%2];
+            }
+            return lane%2 == 0 ? &t[24 + lane/2][s] : &t[26][4*(lane/2) + s];
     }
-    const int row = (i - 40) / 8;
-    const int col = (i - 40) % 8;
-    return col < 6 ? &d[8 + col][row] : &d[8 + 2*row + col - 6][3];
 }
 
-// TRIT4: the digit that holds the two lower trits of weight i
-static uint8_t * lower_digit(digit_plane d, int i) {
-    return i < 40 ? &d[14 + i % 8][i / 8] : &d[22 + (i - 40) % 5][(i - 40) / 5];
-}
-
-// TRIT1, TRIT3: the digit that pairs the last trit of weight i < 32 (high) with that of weight i + 32 (low)
-static uint8_t * pair_digit(int depth, digit_plane d, int i) {
-    if (depth == 1) {
-        return &d[i % 8][i / 8];
+// place of trit s of the scale index of group g
+static uint8_t * scale_trit(int depth, trit_plane t, int g, int s) {
+    switch (depth) {
+        case 1:  return s < 2 ? &t[g][8 + s] : &t[4 + g][8];
+        case 3:  return &t[4*s + g][9];
+        default: return &t[(depth == 2 ? 12 : 24) + g/2][4 + 3*(g%2) + s];
     }
-    return i % 8 < 7 ? &d[14 + i % 8][i / 8] : &d[14 + i / 8][4];
 }
 
-// the 6 digits of the scale line: k0..k3 div 3, then k0, k1 mod 3, then k2, k3 mod 3
-static uint8_t * scale_digit(int depth, digit_plane d, int i) {
-    return &d[depth == 1 ? i : 8 + i][4];
-}
-
-static uint16_t word_from_digits(const uint8_t digit[TRIT_N_DIGITS]) {
+static uint16_t word_from_trits(const uint8_t trit[TRIT_PER_WORD]) {
     uint32_t v = 0;
-    for (int j = 0; j < TRIT_N_DIGITS; ++j) {
-        v = 9*v + digit[j];
+    for (int j = 0; j < TRIT_PER_WORD; ++j) {
+        v = 3*v + trit[j];
     }
-    // a fixed-point fraction of 9^5, rounded up: digit j is then (q * 9^j mod 2^16) * 9 / 2^16
+    // a fixed-point fraction of 3^10, rounded up: the n trits from trit j on are (q * 3^j mod 2^16) * 3^n / 2^16
     return (v*65536u + 59048u) / 59049u;
 }
 
-static void digits_from_word(uint16_t q, uint8_t digit[TRIT_N_DIGITS]) {
+static void trits_from_word(uint16_t q, uint8_t trit[TRIT_PER_WORD]) {
     uint16_t frac = q;
-    for (int j = 0; j < TRIT_N_DIGITS; ++j) {
-        digit[j] = (frac*9u) >> 16;
-        frac     = frac*9u;
+    for (int j = 0; j < TRIT_PER_WORD; ++j) {
+        trit[j] = (frac*3u) >> 16;
+        frac    = frac*3u;
     }
 }
 
 void ggml_trit_unpack(int depth, const uint16_t * words, struct ggml_trit_block * block) {
-    digit_plane d;
+    trit_plane t;
     for (int l = 0; l < n_words[depth]; ++l) {
-        digits_from_word(words[l], d[l]);
+        trits_from_word(words[l], t[l]);
     }
 
     for (int i = 0; i < QK_TRIT; ++i) {
-        block->code[i] = depth > 1 ? *upper_digit(d, i) - 4 : 0;
-    }
-    if (depth == 4) {
-        for (int i = 0; i < QK_TRIT; ++i) {
-            block->code[i] = 9*block->code[i] + *lower_digit(d, i) - 4;
+        int code = 0;
+        for (int s = 0; s < depth; ++s) {
+            code = 3*code + *weight_trit(depth, t, i, s) - 1;
         }
-    } else if (depth != 2) {
-        for (int i = 0; i < QK_TRIT/2; ++i) {
-            const int pair = *pair_digit(depth, d, i);
-            block->code[i]             = 3*block->code[i]             + pair/3 - 1;
-            block->code[i + QK_TRIT/2] = 3*block->code[i + QK_TRIT/2] + pair%3 - 1;
-        }
+        block->code[i] = code;
     }
-
     for (int g = 0; g < NG_TRIT; ++g) {
-        const int low = *scale_digit(depth, d, 4 + g/2);
-        block->k[g] = 3 * *scale_digit(depth, d, g) + (g % 2 ? low%3 : low/3);
+        block->k[g] = 9 * *scale_trit(depth, t, g, 0) + 3 * *scale_trit(depth, t, g, 1) + *scale_trit(depth, t, g, 2);
     }
 }
 
 void ggml_trit_pack(int depth, const struct ggml_trit_block * block, uint16_t * words) {
-    digit_plane d;
-    memset(d, TRIT_RESERVED, sizeof(d));
+    trit_plane t;
+    memset(t, TRIT_RESERVED, sizeof(t));
 
-    // split code = radix*upper + lower, with lower in the balanced range of the radix
-    const int radix = depth == 4 ? 9 : depth == 2 ? 1 : 3;
-    int8_t lower[QK_TRIT];
     for (int i = 0; i < QK_TRIT; ++i) {
-        const int bias  = radix/2 + 40*radix; // keeps the operands of / and % positive
-        const int upper = (block->code[i] + bias)/radix - 40;
-        lower[i] = (block->code[i] + bias)%radix - radix/2;
-        if (depth > 1) {
-            *upper_digit(d, i) = upper + 4;
-        }
-        if (depth == 4) {
-            *lower_digit(d, i) = lower[i] + 4;
+        int rest = block->code[i] + code_max[depth];
+        for (int s = depth - 1; s >= 0; --s) {
+            *weight_trit(depth, t, i, s) = rest % 3;
+            rest /= 3;
         }
     }
-    if (depth == 1 || depth == 3) {
-        for (int i = 0; i < QK_TRIT/2; ++i) {
-            *pair_digit(depth, d, i) = 3*(lower[i] + 1) + lower[i + QK_TRIT/2] + 1;
-        }
-    }
-
     for (int g = 0; g < NG_TRIT; ++g) {
-        *scale_digit(depth, d, g) = block->k[g] / 3;
+        int rest = block->k[g];
+        for (int s = 2; s >= 0; --s) {
+            *scale_trit(depth, t, g, s) = rest % 3;
+            rest /= 3;
+        }
     }
-    *scale_digit(depth, d, 4) = 3*(block->k[0] % 3) + block->k[1] % 3;
-    *scale_digit(depth, d, 5) = 3*(block->k[2] % 3) + block->k[3] % 3;
 
     for (int l = 0; l < n_words[depth]; ++l) {
-        words[l] = word_from_digits(d[l]);
+        words[l] = word_from_trits(t[l]);
     }
 }
 
@@ -173,7 +159,7 @@ static int anchor_index(const uint8_t k[NG_TRIT]) {
 }
 
 static float anchor_value(int depth, int n) {
-    return ldexpf(anchor_octave[depth - 1][n % 6], -(n / 6)); // a power of two: exact
+    return ldexpf(ggml_trit_anchor_octave[depth - 1][n % 6], -(n / 6)); // a power of two: exact
 }
 
 float ggml_trit_anchor(int depth, const uint8_t k[NG_TRIT]) {
@@ -225,7 +211,6 @@ struct scale_lattice {
 };
 
 static void init_lattice(struct scale_lattice * lat, int depth) {
-    static const float code_max[5] = { 0, 1, 4, 13, 40 };
     lat->code_max     = code_max[depth];
     lat->search_depth = search_depth[depth];
     for (int p = 0; p < N_POS; ++p) {
@@ -353,7 +338,7 @@ static void quantize_row(int depth, const float * GGML_RESTRICT x, uint16_t * GG
         struct ggml_trit_block block;
         if (!search_scales(&lat, x, weight ? weight + ib*QK_TRIT : NULL, block.k)) {
             for (int l = 0; l < n_words[depth]; ++l) {
-                words[l] = 1; // not the encoding of any digits
+                words[l] = 1; // not the encoding of any trits
             }
             continue;
         }

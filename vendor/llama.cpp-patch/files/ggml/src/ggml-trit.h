@@ -31,16 +31,19 @@ struct ggml_trit_block {
 // round(1024 * 2^((13 - k) / 6))
 GGML_API const int16_t ggml_trit_ratio[TRIT_N_SCALES];
 
+// [depth - 1][i]: the float nearest to 3^(2 - depth) * 2^(3 - i/6) / 1024, i < 6: the sixths of the first octave of anchors
+GGML_API const float ggml_trit_anchor_octave[4][8];
+
 // 16-bit words in a block
 GGML_API int ggml_trit_n_words(int depth);
 
-// the anchor of a block, divided by 1024: the float nearest to 3^(2 - depth) * 2^(3 - n/6) / 1024, n = 3*k0 + (k1 + k2 + k3) mod 3
+// the anchor of a block, divided by 1024: entry n mod 6 of the octave times 2^-(n div 6), n = 3*k0 + (k1 + k2 + k3) mod 3
 GGML_API float ggml_trit_anchor(int depth, const uint8_t k[NG_TRIT]);
 
 GGML_API void ggml_trit_unpack(int depth, const uint16_t * words, struct ggml_trit_block * block);
 GGML_API void ggml_trit_pack  (int depth, const struct ggml_trit_block * block, uint16_t * words);
 
-// false if a word is not an encoding, or a reserved digit is not as the format has it
+// false if a word is not an encoding, or a reserved trit is not as the format has it
 GGML_API bool ggml_trit_validate_row(int depth, const void * data, size_t n_blocks);
 
 // A block that the type cannot hold (NaN, Inf, a weight above the range, or all weights far below it)

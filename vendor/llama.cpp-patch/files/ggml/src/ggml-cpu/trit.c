@@ -7,6 +7,7 @@
 #include "trit.h"
 
 #include <assert.h>
+#include <string.h>
 
 #define UNUSED GGML_UNUSED
 
@@ -58,7 +59,40 @@ TRIT_TYPE(2)
 TRIT_TYPE(3)
 TRIT_TYPE(4)
 
-#if !defined(__x86_64__) && !defined(__i386__) && !defined(_M_IX86) && !defined(_M_X64)
+static inline void interleave(int depth, int64_t n_blocks, int n_rows, const char * GGML_RESTRICT x, size_t row_size, char * GGML_RESTRICT strip) {
+    // rows in the order of their place in a quad
+    static const int order[TRIT_STRIP] = { 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15 };
+
+    const size_t block_size = trit_block_words(depth)*sizeof(uint16_t);
+    const size_t quads_size = block_size/8*8;
+    const size_t pair_size  = (block_size - quads_size)/4*4;
+    const size_t rest_size  = block_size - quads_size - pair_size;
+
+    for (int64_t ib = 0; ib < n_blocks; ++ib, x += block_size, strip += TRIT_STRIP*block_size) {
+        for (int i = 0; i < TRIT_STRIP; ++i) {
+            const char * src = x + MIN(order[i], n_rows - 1)*row_size;
+            for (size_t offset = 0; offset < quads_size; offset += 8) {
+                memcpy(strip + TRIT_STRIP*offset + 8*i, src + offset, 8);
+            }
+            src = x + MIN(i, n_rows - 1)*row_size + quads_size;
+            memcpy(strip + TRIT_STRIP*quads_size + pair_size*i, src, pair_size);
+            memcpy(strip + TRIT_STRIP*(quads_size + pair_size) + rest_size*i, src + pair_size, rest_size);
+        }
+    }
+}
+
+void ggml_trit_interleave(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip) {
+    switch (depth) {
+        case 1: interleave(1, n_blocks, n_rows, x, row_size, strip); break;
+        case 2: interleave(2, n_blocks, n_rows, x, row_size, strip); break;
+        case 3: interleave(3, n_blocks, n_rows, x, row_size, strip); break;
+        case 4: interleave(4, n_blocks, n_rows, x, row_size, strip); break;
+    }
+}
+
+// other architectures have no vector code
+#if !defined(__x86_64__) && !defined(__i386__) && !defined(_M_IX86) && !defined(_M_X64) && \
+    !defined(__aarch64__) && !defined(__arm__) && !defined(_M_ARM) && !defined(_M_ARM64)
 #define TRIT_VEC_DOT(depth) \
 void ggml_vec_dot_trit##depth##_q8_0(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) { \
     ggml_vec_dot_trit##depth##_q8_0_generic(n, s, bs, vx, bx, vy, by, nrc); \

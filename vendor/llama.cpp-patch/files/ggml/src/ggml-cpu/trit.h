@@ -1,12 +1,35 @@
 #pragma once
 
-// CPU dot products of the balanced-ternary types
+// CPU kernels of the balanced-ternary types: dot products and the matrix product
+
+#define GGML_COMMON_DECL_C
+#include "ggml-common.h"
 
 #include "ggml.h"
+
+#include <stdbool.h>
+
+#if defined(_MSC_VER)
+#define TRIT_INLINE static __forceinline
+#else
+#define TRIT_INLINE static inline __attribute__((always_inline))
+#endif
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+// these two are functions, and not tables, so that kernels of a fixed depth get constants
+
+// 16-bit words in a block
+static inline int trit_block_words(int depth) {
+    return depth == 1 ? 8 : depth == 2 ? 14 : depth == 3 ? 21 : 27;
+}
+
+// what is added to a code where codes are unsigned, (3^depth - 1)/2
+static inline int trit_code_offset(int depth) {
+    return depth == 1 ? 1 : depth == 2 ? 4 : depth == 3 ? 13 : 40;
+}
 
 void quantize_row_trit1(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
 void quantize_row_trit2(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
@@ -23,6 +46,40 @@ void ggml_vec_dot_trit1_q8_0_generic(int n, float * GGML_RESTRICT s, size_t bs, 
 void ggml_vec_dot_trit2_q8_0_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 void ggml_vec_dot_trit3_q8_0_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 void ggml_vec_dot_trit4_q8_0_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+
+//
+// matrix product: a strip of rows, interleaved block by block, times columns of activations
+//
+
+// the instruction sets that have kernels for it, in arch/
+#if (defined(__AVX2__) && defined(__FMA__)) || (defined(__aarch64__) && defined(__ARM_NEON))
+#define GGML_TRIT_GEMM
+#endif
+
+#define TRIT_STRIP       16   // rows in a strip
+#define TRIT_TILE_BLOCKS 12   // blocks of a strip that are unpacked at a time for many columns
+#define TRIT_FEW_COLUMNS 4    // up to so many columns are multiplied without unpacking to memory
+#define TRIT_PREFETCH    4096 // so many bytes ahead
+
+// activations of a block of weights: two blocks of Q8_0, and the terms that undo the offset of unsigned codes
+struct trit_activations {
+    float   d[2];
+    int32_t bias[8];
+    int8_t  qs[QK_TRIT];
+};
+
+// Blocks of n_rows <= TRIT_STRIP rows to a strip; the last row stands in for rows that are missing.
+// Block i of the strip takes TRIT_STRIP blocks of memory. Its words lie in quads, four words of each row:
+// first those of rows 0, 1, 4, 5, 8, 9, 12, 13, then those of the others, so that packing both halves
+// to bytes gives the rows in order. Words that are left over follow row by row, in pairs and one by one.
+void ggml_trit_interleave(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip);
+
+void ggml_trit_prepare_activations(int depth, int64_t n_blocks, const block_q8_0 * GGML_RESTRICT x, struct trit_activations * GGML_RESTRICT y);
+
+// s[c][row0 + i] = row i of the strip times column c, from block y_block0 of the column on; added to s if accumulate.
+// n_blocks <= TRIT_TILE_BLOCKS or n_cols <= TRIT_FEW_COLUMNS
+void ggml_trit_gemm_strip(int depth, int64_t n_blocks, const void * GGML_RESTRICT strip,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,111 @@
+"""C programs that are linked with ggml's TRIT kernels and little else, for an instruction set of one's choice.
+
+AArch64 programs are cross-compiled and run under qemu where this machine is something else.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from programs import BUILD, ROOT, cpu_flags
+from tritconv.errors import TritError
+
+QEMU = "qemu-aarch64"
+
+_CROSS_COMPILER = "aarch64-linux-gnu-gcc"
+_PACKAGES = {_CROSS_COMPILER: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", QEMU: "qemu-user"}
+_MACHINES = {"arm": ("aarch64", "arm64"), "x86": ("x86_64", "AMD64")}
+
+_OURS = ROOT / "vendor/llama.cpp-patch/files/ggml/src"
+GGML = BUILD / "src/vendor/llama.cpp/ggml"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An instruction set that the kernels are compiled for.
+
+    Attributes:
+        arch: the folder of ggml-cpu/arch.
+        flags: the compiler's.
+        needs: what /proc/cpuinfo must announce to run the program without qemu.
+    """
+
+    name: str
+    arch: str
+    flags: tuple[str, ...]
+    needs: tuple[str, ...]
+
+    @property
+    def is_native(self) -> bool:
+        """Whether this machine is of the same architecture."""
+        return platform.machine() in _MACHINES[self.arch]
+
+    @property
+    def compiler(self) -> list[str]:
+        """The command that compiles."""
+        return shlex.split(os.environ.get("CC", "cc")) if self.is_native else [_CROSS_COMPILER, "-static"]
+
+    @property
+    def runner(self) -> list[str]:
+        """What a program's command line begins with."""
+        return [] if self.is_native else [QEMU, "-cpu", "max"]
+
+    def unavailable(self) -> str | None:
+        """Why programs cannot be built or run here, and what to install; None if they can."""
+        if not GGML.is_dir():
+            return f"{GGML} is missing: make build"
+        if self.is_native:
+            missing = [flag for flag in self.needs if flag not in cpu_flags()]
+            return f"this CPU lacks {', '.join(missing)}" if missing else None
+        if self.arch != "arm":
+            return f"{self.name} needs an x86-64 machine"
+        return missing_programs((_CROSS_COMPILER, QEMU))
+
+    def build(self, source: Path, program: Path, options: Sequence[str], others: Iterable[Path] = ()) -> None:
+        """Compile `source` and the kernels, and `others`, to `program`.
+
+        Raises:
+            TritError: an error of the compiler.
+        """
+        kernels = [_OURS / "ggml-trit.c", _OURS / "ggml-cpu/trit.c"]
+        kernels += [_OURS / "ggml-cpu/arch" / self.arch / name for name in ("trit.c", "trit-gemm.c")]
+        folders = (_OURS, _OURS / "ggml-cpu", GGML / "src", GGML / "src/ggml-cpu", GGML / "include")
+        command = [*self.compiler, "-std=gnu11", "-w", *self.flags, *options]
+        command += [f"-I{folder}" for folder in folders]
+        command += [str(path) for path in (source, *kernels, *others)]
+        command += ["-o", str(program), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+            raise TritError(f"{source.name} cannot be built for {self.name}: {first}")
+
+
+NEON = (
+    Target("neon", "arm", ("-march=armv8-a",), ("asimd",)),
+    Target("dotprod", "arm", ("-march=armv8.2-a+dotprod+fp16",), ("asimddp", "asimdhp")),
+    Target("i8mm", "arm", ("-march=armv8.6-a+dotprod+i8mm",), ("asimddp", "i8mm")),
+)
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl")
+
+X86 = (
+    Target("avx2", "x86", _AVX2, ("avx2", "fma", "f16c")),
+    Target("avxvnni", "x86", (*_AVX2, "-mavxvnni"), ("avx_vnni",)),
+    Target("avx512bw", "x86", _AVX512, ("avx512bw", "avx512vl")),
+    Target("avx512vnni", "x86", (*_AVX512, "-mavx512vnni"), ("avx512_vnni", "avx512vl")),
+)
+
+
+def missing_programs(names: Iterable[str]) -> str | None:
+    """Which of these programs are not installed, and how to mend it; None if all are."""
+    missing = [name for name in names if shutil.which(name) is None]
+    if not missing:
+        return None
+    packages = " ".join(_PACKAGES[name] for name in missing)
+    return f"{' and '.join(missing)} not found: apt-get install {packages}"

@@ -1,0 +1,414 @@
+// Compares the kernels of ggml-cpu that this program is linked with to arithmetic that anyone can read.
+//
+// Matrix products must be the same bits: their integer sums are exact, and the order of their float operations is the
+// same on every machine. Dot products of vector code may round partial sums, so these are compared with a tolerance;
+// that of a single weight must be exact. All that kernels read ends where the memory ends.
+//
+// `test_kernels_cross.py` compiles this for several instruction sets. Nothing is printed but what is wrong.
+
+#include "ggml-impl.h"
+#include "ggml-trit.h"
+#include "simd-mappings.h"
+#include "trit.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define MAX_COLS   17
+#define MAX_BLOCKS 40
+#define MAX_PRINTED 20
+#define N_WORDS    59049 // valid words: 3^10
+#define TOLERANCE  3e-7  // of float sums: five roundings
+
+// what the kernels need from the rest of ggml
+float ggml_table_f32_f16[1 << 16];
+
+size_t ggml_row_size(enum ggml_type type, int64_t ne) {
+    static const size_t block_size[4] = { sizeof(block_trit1), sizeof(block_trit2), sizeof(block_trit3), sizeof(block_trit4) };
+    return block_size[type - GGML_TYPE_TRIT1]*(ne/QK_TRIT);
+}
+
+static int n_failures = 0;
+
+__attribute__((format(printf, 1, 2))) static void fail(const char * format, ...) {
+    if (++n_failures > MAX_PRINTED) {
+        return;
+    }
+    va_list args;
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    putchar('\n');
+}
+
+//
+// memory with nothing readable behind it
+//
+
+struct memory {
+    char * base;
+    char * data;
+    size_t mapped;
+};
+
+static struct memory memory_alloc(size_t size) {
+    const size_t page = sysconf(_SC_PAGESIZE);
+    struct memory m;
+    m.mapped = (size + page - 1)/page*page + page;
+    m.base   = mmap(NULL, m.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (m.base == MAP_FAILED || mprotect(m.base + m.mapped - page, page, PROT_NONE) != 0) {
+        perror("check: mmap");
+        exit(2);
+    }
+    m.data = m.base + m.mapped - page - size;
+    return m;
+}
+
+static void memory_free(struct memory m) {
+    munmap(m.base, m.mapped);
+}
+
+//
+// weights and activations
+//
+
+enum kind {
+    RANDOM,
+    EXTREME,     // only the greatest codes, activations and ratios of either sign, and the ends of the scale indexes
+    ADVERSARIAL, // all products of a row have the same sign: the greatest sums there are
+    EVERY_WORD,  // words in turn, a different one in each place
+    N_KINDS,
+};
+
+static uint64_t state = 1;
+
+static uint32_t random_below(uint32_t n) {
+    state = state*6364136223846793005u + 1442695040888963407u;
+    return (uint32_t) (((state >> 32)*n) >> 32);
+}
+
+static int random_sign(void) {
+    return random_below(2) ? 1 : -1;
+}
+
+static int code_max(int depth) {
+    return depth == 1 ? 1 : depth == 2 ? 4 : depth == 3 ? 13 : 40;
+}
+
+static struct ggml_trit_block random_block(enum kind kind, int depth, int sign) {
+    struct ggml_trit_block block;
+    const int top = code_max(depth);
+    for (int i = 0; i < QK_TRIT; ++i) {
+        block.code[i] = kind == RANDOM ? (int) random_below(2*top + 1) - top : kind == EXTREME ? random_sign()*top : sign*top;
+    }
+    for (int g = 0; g < NG_TRIT; ++g) {
+        block.k[g] = kind == RANDOM ? random_below(TRIT_N_SCALES) : kind == EXTREME ? random_below(2)*(TRIT_N_SCALES - 1) : 0;
+    }
+    return block;
+}
+
+static block_q8_0 random_activations(enum kind kind) {
+    block_q8_0 y;
+    y.d = 0x1000 + random_below(0x3000); // a finite half, positive and normal
+    for (int i = 0; i < QK8_0; ++i) {
+        y.qs[i] = kind == EXTREME ? 127*random_sign() : kind == ADVERSARIAL ? 127 : (int) random_below(255) - 127;
+    }
+    return y;
+}
+
+// a matrix of TRIT_STRIP rows, or fewer, and columns to multiply it with
+struct problem {
+    int depth;
+    int n_rows;
+    int n_blocks;
+    int n_cols;
+    struct ggml_trit_block (*block)[MAX_BLOCKS]; // [n_rows]
+    struct memory rows;
+    struct memory cols[MAX_COLS];
+};
+
+static const block_q8_0 * column(const struct problem * p, int c) {
+    return (const block_q8_0 *) p->cols[c].data;
+}
+
+static struct problem make_problem(enum kind kind, int depth, int n_rows, int n_blocks, int n_cols) {
+    static struct ggml_trit_block blocks[TRIT_STRIP][MAX_BLOCKS];
+    static uint32_t next_word = 0;
+
+    struct problem p = { depth, n_rows, n_blocks, n_cols, blocks, {0}, {{0}} };
+    const int n_words = ggml_trit_n_words(depth);
+    p.rows = memory_alloc((size_t) n_rows*n_blocks*n_words*sizeof(uint16_t));
+    uint16_t * words = (uint16_t *) p.rows.data;
+    for (int r = 0; r < n_rows; ++r) {
+        const int sign = random_sign();
+        for (int ib = 0; ib < n_blocks; ++ib, words += n_words) {
+            if (kind == EVERY_WORD) {
+                for (int l = 0; l < n_words; ++l) {
+                    const uint64_t v = (next_word + 1009*l)%N_WORDS;
+                    words[l] = (v*65536 + N_WORDS - 1)/N_WORDS;
+                }
+                ++next_word;
+                ggml_trit_unpack(depth, words, &blocks[r][ib]);
+            } else {
+                blocks[r][ib] = random_block(kind, depth, sign);
+                ggml_trit_pack(depth, &blocks[r][ib], words);
+            }
+        }
+    }
+    for (int c = 0; c < n_cols; ++c) {
+        p.cols[c] = memory_alloc(2*n_blocks*sizeof(block_q8_0));
+        for (int i = 0; i < 2*n_blocks; ++i) {
+            const block_q8_0 y = random_activations(kind);
+            memcpy(p.cols[c].data + i*sizeof(y), &y, sizeof(y));
+        }
+    }
+    return p;
+}
+
+static void free_problem(struct problem * p) {
+    memory_free(p->rows);
+    for (int c = 0; c < p->n_cols; ++c) {
+        memory_free(p->cols[c]);
+    }
+}
+
+// The sum of half a block, as kernels must have it, and that of its absolute terms if asked for. Both fit into 32 bits.
+static int32_t integer_sum(const struct ggml_trit_block * x, const int8_t * qs, int half, int32_t * sum_of_absolutes) {
+    int32_t sum = 0;
+    int32_t absolutes = 0;
+    for (int i = 0; i < QK8_0; ++i) {
+        const int g = 2*half + i/QG_TRIT;
+        const int term = (g == 0 ? TRIT_RATIO_ONE : ggml_trit_ratio[x->k[g]])*x->code[QK8_0*half + i]*qs[i];
+        sum       += term;
+        absolutes += abs(term);
+    }
+    if (sum_of_absolutes) {
+        *sum_of_absolutes = absolutes;
+    }
+    return sum;
+}
+
+//
+// the matrix product
+//
+
+#ifdef GGML_TRIT_GEMM
+
+static float expected_product(const struct problem * p, int row, int c, int block0, int n) {
+    float acc = 0.0f;
+    for (int ib = block0; ib < block0 + n; ++ib) {
+        const struct ggml_trit_block * x = &p->block[MIN(row, p->n_rows - 1)][ib];
+        for (int half = 0; half < 2; ++half) {
+            const block_q8_0 * y = column(p, c) + 2*ib + half;
+            const float scale = ggml_trit_anchor(p->depth, x->k)*GGML_FP16_TO_FP32(y->d);
+            acc = fmaf((float) integer_sum(x, y->qs, half, NULL), scale, acc);
+        }
+    }
+    return acc;
+}
+
+// blocks from block0 on; what comes before them has been multiplied, if anything does
+static void check_strip(const struct problem * p, int block0) {
+    enum { ROW0 = 3, WIDTH = ROW0 + TRIT_STRIP + 2 };
+
+    const int n = p->n_blocks - block0;
+    const size_t block_size = ggml_trit_n_words(p->depth)*sizeof(uint16_t);
+    const struct memory strip = memory_alloc(TRIT_STRIP*n*block_size);
+    ggml_trit_interleave(p->depth, n, p->n_rows, p->rows.data + block0*block_size, p->n_blocks*block_size, strip.data);
+
+    struct memory y[MAX_COLS];
+    const struct trit_activations * y_ptr[MAX_COLS];
+    float   before[MAX_COLS][WIDTH];
+    float   s     [MAX_COLS][WIDTH];
+    float * s_ptr [MAX_COLS];
+    for (int c = 0; c < p->n_cols; ++c) {
+        y[c] = memory_alloc(p->n_blocks*sizeof(struct trit_activations));
+        ggml_trit_prepare_activations(p->depth, p->n_blocks, column(p, c), (struct trit_activations *) y[c].data);
+        y_ptr[c] = (const struct trit_activations *) y[c].data;
+        s_ptr[c] = s[c];
+        for (int i = 0; i < WIDTH; ++i) {
+            before[c][i] = s[c][i] = (float) random_below(1000);
+        }
+    }
+
+    const bool accumulate = block0 > 0;
+    ggml_trit_gemm_strip(p->depth, n, strip.data, p->n_cols, y_ptr, block0, s_ptr, ROW0, accumulate);
+
+    for (int c = 0; c < p->n_cols; ++c) {
+        for (int i = 0; i < WIDTH; ++i) {
+            const int row = i - ROW0;
+            float expected = before[c][i];
+            if (row >= 0 && row < TRIT_STRIP) {
+                const float product = expected_product(p, row, c, block0, n);
+                expected = accumulate ? product + expected : product;
+            }
+            if (memcmp(&expected, &s[c][i], sizeof(float)) != 0) {
+                fail("TRIT%d, blocks %d to %d, %d columns, row %d, column %d: %a, not %a",
+                    p->depth, block0, block0 + n - 1, p->n_cols, row, c, s[c][i], expected);
+            }
+        }
+        memory_free(y[c]);
+    }
+    memory_free(strip);
+}
+
+static void check_products(void) {
+    static const int n_cols[] = { 1, 2, 3, 4, 5, 8, 9, 17 };
+
+    for (int depth = 1; depth <= 4; ++depth) {
+        for (enum kind kind = 0; kind < EVERY_WORD; ++kind) {
+            for (size_t i = 0; i < sizeof(n_cols)/sizeof(n_cols[0]); ++i) {
+                const int few = n_cols[i] <= TRIT_FEW_COLUMNS;
+                const int n_blocks[] = { 1, 2, TRIT_TILE_BLOCKS, TRIT_TILE_BLOCKS + 3, few ? MAX_BLOCKS : 9 };
+                for (size_t j = 0; j < sizeof(n_blocks)/sizeof(n_blocks[0]); ++j) {
+                    const int n_rows = random_below(2) ? TRIT_STRIP : 1 + random_below(TRIT_STRIP);
+                    const int block0 = n_blocks[j] > TRIT_TILE_BLOCKS ? n_blocks[j] - TRIT_TILE_BLOCKS : 0;
+                    struct problem p = make_problem(kind, depth, n_rows, n_blocks[j], n_cols[i]);
+                    check_strip(&p, block0);
+                    if (few) {
+                        check_strip(&p, 0);
+                    }
+                    free_problem(&p);
+                }
+            }
+        }
+    }
+}
+
+static void check_every_word(void) {
+    for (int depth = 1; depth <= 4; ++depth) {
+        for (int i = 0; i < N_WORDS; i += TRIT_STRIP*MAX_BLOCKS) {
+            struct problem p = make_problem(EVERY_WORD, depth, TRIT_STRIP, MAX_BLOCKS, 1);
+            check_strip(&p, 0);
+            free_problem(&p);
+        }
+    }
+}
+
+#endif
+
+//
+// dot products of single rows
+//
+
+typedef void (*vec_dot)(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
+
+struct dot_kernels {
+    vec_dot vector;
+    vec_dot scalar;
+};
+
+static const struct dot_kernels dot_kernels[5] = {
+    { NULL, NULL },
+    { ggml_vec_dot_trit1_q8_0, ggml_vec_dot_trit1_q8_0_generic },
+    { ggml_vec_dot_trit2_q8_0, ggml_vec_dot_trit2_q8_0_generic },
+    { ggml_vec_dot_trit3_q8_0, ggml_vec_dot_trit3_q8_0_generic },
+    { ggml_vec_dot_trit4_q8_0, ggml_vec_dot_trit4_q8_0_generic },
+};
+
+static float dot(vec_dot kernel, const struct problem * p) {
+    float s = NAN;
+    kernel(QK_TRIT*p->n_blocks, &s, 0, p->rows.data, 0, p->cols[0].data, 0, 1);
+    return s;
+}
+
+static void check_dot(const struct problem * p, const char * name, vec_dot kernel) {
+    double exact     = 0.0;
+    double magnitude = 0.0; // of the sum, were nothing to cancel out
+    for (int ib = 0; ib < p->n_blocks; ++ib) {
+        const struct ggml_trit_block * x = &p->block[0][ib];
+        for (int half = 0; half < 2; ++half) {
+            const block_q8_0 * y = column(p, 0) + 2*ib + half;
+            const double scale = (double) ggml_trit_anchor(p->depth, x->k)*(double) GGML_FP16_TO_FP32(y->d);
+            int32_t sum_of_absolutes;
+            exact     += scale*integer_sum(x, y->qs, half, &sum_of_absolutes);
+            magnitude += scale*sum_of_absolutes;
+        }
+    }
+    const double got = (double) dot(kernel, p);
+    if (!(fabs(got - exact) <= TOLERANCE*magnitude)) {
+        fail("TRIT%d, %s dot product of %d blocks: %a, not %a", p->depth, name, p->n_blocks, got, exact);
+    }
+}
+
+// one weight times one activation: the order of the sum does not matter
+static void check_single_weights(struct problem * p, const char * name, vec_dot kernel) {
+    block_q8_0 * y = (block_q8_0 *) p->cols[0].data;
+    for (int i = 0; i < 2*p->n_blocks; ++i) {
+        y[i].d = 0x3c00; // 1
+        memset(y[i].qs, 0, QK8_0);
+    }
+    for (int i = 0; i < QK_TRIT*p->n_blocks; ++i) {
+        const struct ggml_trit_block * x = &p->block[0][i/QK_TRIT];
+        int8_t * q = &y[i/QK8_0].qs[i%QK8_0];
+        *q = 127*random_sign();
+        const float expected = ggml_trit_anchor(p->depth, x->k)*(float) integer_sum(x, y[i/QK8_0].qs, i/QK8_0%2, NULL);
+        const float got      = dot(kernel, p);
+        if (got != expected) {
+            fail("TRIT%d, %s dot product with weight %d alone: %a, not %a", p->depth, name, i, got, expected);
+        }
+        *q = 0;
+    }
+}
+
+// The scalar code adds all of a half of a block before it rounds.
+static void check_integer_sum(struct problem * p, vec_dot kernel, int half) {
+    block_q8_0 * y = (block_q8_0 *) p->cols[0].data;
+    y[0].d = y[1].d = 0x3c00;
+    memset(y[1 - half].qs, 0, QK8_0);
+    const struct ggml_trit_block * x = &p->block[0][0];
+    const float expected = ggml_trit_anchor(p->depth, x->k)*(float) integer_sum(x, y[half].qs, half, NULL);
+    const float got      = dot(kernel, p);
+    if (got != expected) {
+        fail("TRIT%d, scalar dot product of half %d of a block: %a, not %a", p->depth, half, got, expected);
+    }
+}
+
+static void check_dots(void) {
+    for (int depth = 1; depth <= 4; ++depth) {
+        const struct dot_kernels kernels = dot_kernels[depth];
+        for (int trial = 0; trial < 200; ++trial) {
+            const enum kind kind = trial%N_KINDS;
+            struct problem p = make_problem(kind, depth, 1, 1 + random_below(MAX_BLOCKS), 1);
+            check_dot(&p, "vector", kernels.vector);
+            check_dot(&p, "scalar", kernels.scalar);
+            free_problem(&p);
+
+            p = make_problem(kind, depth, 1, 1, 1);
+            check_integer_sum(&p, kernels.scalar, trial%2);
+            free_problem(&p);
+        }
+        for (int n_blocks = 1; n_blocks <= 5; ++n_blocks) {
+            for (enum kind kind = 0; kind < N_KINDS; ++kind) {
+                struct problem p = make_problem(kind, depth, 1, n_blocks, 1);
+                check_single_weights(&p, "vector", kernels.vector);
+                check_single_weights(&p, "scalar", kernels.scalar);
+                free_problem(&p);
+            }
+        }
+    }
+}
+
+int main(void) {
+    for (int i = 0; i < 1 << 16; ++i) {
+        ggml_table_f32_f16[i] = GGML_FP16_TO_FP32((ggml_fp16_t) i);
+    }
+#ifdef GGML_TRIT_GEMM
+    check_products();
+    check_every_word();
+#else
+    fail("there is no matrix product for this instruction set");
+#endif
+    check_dots();
+    if (n_failures > MAX_PRINTED) {
+        printf("and %d more\n", n_failures - MAX_PRINTED);
+    }
+    return n_failures > 0;
+}

@@ -1,0 +1,455 @@
+// Matrix product of the balanced-ternary types on x86: AVX2, AVX-VNNI, AVX-512, AVX-512 VNNI.
+//
+// A lane of 32 bits stands for a row of the strip. A word is a fixed-point fraction; multiplying it by 3^depth gives
+// the next code in the upper half of the product and the rest of the fraction in the lower half. Codes are unsigned
+// here, their offset is undone by the bias of the activations.
+
+#define GGML_COMMON_IMPL_C
+#include "ggml-common.h"
+
+#include "ggml-trit.h"
+#include "ggml-cpu-impl.h"
+#include "simd-mappings.h"
+#include "trit.h"
+
+#include <assert.h>
+#include <string.h>
+
+#ifdef GGML_TRIT_GEMM
+
+#if defined(_MSC_VER)
+#define TRIT_UNROLL
+#else
+#define TRIT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define TRIT_LANES    16
+#define TRIT_VECTOR_REGISTER "v"
+#define TRIT_MAX_COLS 8
+#define V(name)       _mm512_##name
+typedef __m512i vint;
+typedef __m512  vfloat;
+
+TRIT_INLINE vint v_load(const void * p)     { return _mm512_loadu_si512(p); }
+TRIT_INLINE vint v_load_u16(const void * p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)); }
+TRIT_INLINE vint v_or(vint a, vint b)       { return _mm512_or_si512(a, b); }
+TRIT_INLINE vint v_and(vint a, vint b)      { return _mm512_and_si512(a, b); }
+#else
+#define TRIT_LANES    8
+#define TRIT_VECTOR_REGISTER "x"
+#define TRIT_MAX_COLS 4
+#define V(name)       _mm256_##name
+typedef __m256i vint;
+typedef __m256  vfloat;
+
+TRIT_INLINE vint v_load(const void * p)     { return _mm256_loadu_si256((const __m256i *) p); }
+TRIT_INLINE vint v_load_u16(const void * p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)); }
+TRIT_INLINE vint v_or(vint a, vint b)       { return _mm256_or_si256(a, b); }
+TRIT_INLINE vint v_and(vint a, vint b)      { return _mm256_and_si256(a, b); }
+#endif
+
+#if (TRIT_LANES == 16 && defined(__AVX512VNNI__)) || (TRIT_LANES == 8 && defined(__AVXVNNI__))
+#define TRIT_VNNI 1
+#if TRIT_LANES == 16
+#define v_dpbusd _mm512_dpbusd_epi32
+#define v_dpwssd _mm512_dpwssd_epi32
+#else
+#define v_dpbusd _mm256_dpbusd_avx_epi32
+#define v_dpwssd _mm256_dpwssd_avx_epi32
+#endif
+#else
+#define TRIT_VNNI 0
+#endif
+
+// a block of TRIT_LANES rows
+struct strip_block {
+    vint   code[16];       // of weights 4i..4i+3: a byte each, plus the offset
+    vint   ratio[NG_TRIT]; // as v_scale needs it
+    vfloat anchor;
+};
+
+//
+// unpacking
+//
+
+// a factor whose value the compiler must not see: GCC would multiply by shifting and adding, which takes longer here
+TRIT_INLINE vint factor(int x) {
+    vint f = V(set1_epi16)(x);
+#if defined(__GNUC__)
+    __asm__("" : "+" TRIT_VECTOR_REGISTER (f));
+#endif
+    return f;
+}
+
+TRIT_INLINE vint field(vint q, int radix) { return V(mulhi_epu16)(q, factor(radix)); }
+TRIT_INLINE vint rest (vint q, int radix) { return V(mullo_epi16)(q, factor(radix)); }
+
+TRIT_INLINE vint mul3_add(vint a, vint b) { return V(add_epi16)(V(add_epi16)(a, b), V(add_epi16)(a, a)); }
+TRIT_INLINE vint mul9_add(vint a, vint b) { return V(add_epi16)(V(add_epi16)(a, b), V(slli_epi16)(a, 3)); }
+
+// the two halves of a quad of words
+struct quad {
+    vint a;
+    vint b;
+};
+
+TRIT_INLINE struct quad quad_load(const uint16_t * words, int lane0, int i) {
+    const uint16_t * w = words + 4*TRIT_STRIP*i + 2*lane0;
+    struct quad q = { v_load(w), v_load(w + 2*TRIT_STRIP) };
+    return q;
+}
+
+TRIT_INLINE vint quad_field(struct quad q, int radix) {
+    return V(packus_epi16)(field(q.a, radix), field(q.b, radix));
+}
+
+TRIT_INLINE struct quad quad_rest(struct quad q, int radix) {
+    q.a = rest(q.a, radix);
+    q.b = rest(q.b, radix);
+    return q;
+}
+
+// the first n codes of the words of quad i; what remains of the words
+TRIT_INLINE struct quad unpack_quad(const uint16_t * words, int lane0, int i, int n, int radix, vint * code) {
+    struct quad q = quad_load(words, lane0, i);
+    TRIT_UNROLL
+    for (int j = 0; j < n; ++j) {
+        code[j] = quad_field(q, radix);
+        q = quad_rest(q, radix);
+    }
+    return q;
+}
+
+// two scale indexes of a pair of words: k0, k1 of the one, k2, k3 of the other
+TRIT_INLINE vint pair_scales(vint pair) {
+    return v_or(field(pair, 27), V(slli_epi16)(field(rest(pair, 27), 27), 8));
+}
+
+// codes of the rows from lane0 on; returns the bytes k0..k3 of each row
+TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint code[16]) {
+    if (depth == 1) {
+        const struct quad q0 = unpack_quad(words, lane0, 0, 8, 3, code);
+        const struct quad q1 = unpack_quad(words, lane0, 1, 8, 3, code + 8);
+        return V(packus_epi16)(mul3_add(field(q0.a, 9), field(q1.a, 3)), mul3_add(field(q0.b, 9), field(q1.b, 3)));
+    }
+    if (depth == 2) {
+        TRIT_UNROLL
+        for (int i = 0; i < 3; ++i) {
+            unpack_quad(words, lane0, i, 5, 9, code + 5*i);
+        }
+        vint pair = v_load(words + 12*TRIT_STRIP + 2*lane0);
+        const vint w0 = field(pair, 9);
+        pair = rest(pair, 9);
+        const vint w1 = field(pair, 9);
+        pair = rest(pair, 9);
+        code[15] = v_or(w0, V(slli_epi16)(w1, 8));
+        return pair_scales(pair);
+    }
+    if (depth == 3) {
+        struct quad q[5];
+        TRIT_UNROLL
+        for (int i = 0; i < 5; ++i) {
+            q[i] = unpack_quad(words, lane0, i, 3, 27, code + 3*i);
+        }
+        vint single = v_load_u16(words + 20*TRIT_STRIP + lane0);
+        vint upper  = field(single, 9);
+        TRIT_UNROLL
+        for (int i = 1; i < 4; ++i) {
+            single = rest(single, 9);
+            upper  = v_or(upper, V(slli_epi32)(field(single, 9), 8*i));
+        }
+        code[15] = V(add_epi8)(V(add_epi8)(upper, upper), V(add_epi8)(upper, quad_field(q[3], 3)));
+        return V(packus_epi16)(
+            mul3_add(mul3_add(field(q[0].a, 3), field(q[1].a, 3)), field(q[2].a, 3)),
+            mul3_add(mul3_add(field(q[0].b, 3), field(q[1].b, 3)), field(q[2].b, 3)));
+    }
+    TRIT_UNROLL
+    for (int i = 0; i < 3; ++i) {
+        const struct quad u = unpack_quad(words, lane0, 2*i + 0, 2, 81, code + 4*i);
+        const struct quad l = unpack_quad(words, lane0, 2*i + 1, 2, 81, code + 4*i + 2);
+        code[12 + i] = V(packus_epi16)(mul9_add(field(u.a, 9), field(l.a, 9)), mul9_add(field(u.b, 9), field(l.b, 9)));
+    }
+    const vint pair   = v_load(words + 24*TRIT_STRIP + 2*lane0);
+    const vint single = v_load_u16(words + 26*TRIT_STRIP + lane0);
+    const vint w1 = field(single, 81);
+    const vint w3 = field(rest(single, 81), 81);
+    code[15] = v_or(field(pair, 81), v_or(V(slli_epi32)(w1, 8), V(slli_epi32)(w3, 24)));
+    return pair_scales(rest(pair, 81));
+}
+
+//
+// scales
+//
+
+// the ratios of scale indexes k0..k3, given as bytes: (R[k0], R[k2]) and (R[k1], R[k3]) in 16-bit lanes
+TRIT_INLINE void lookup_ratios(vint k, vint * even, vint * odd) {
+#if TRIT_LANES == 16
+    const vint table = _mm512_maskz_loadu_epi16((1u << TRIT_N_SCALES) - 1, ggml_trit_ratio);
+    *even = _mm512_permutexvar_epi16(v_and(k, _mm512_set1_epi16(0xff)), table);
+    *odd  = _mm512_permutexvar_epi16(_mm512_srli_epi16(k, 8), table);
+#else
+    // low and high bytes of entries 0..15 and 16..26
+    const __m128i low_byte = _mm_set1_epi16(0xff);
+    const __m128i r0 = _mm_loadu_si128((const __m128i *) ggml_trit_ratio);
+    const __m128i r1 = _mm_loadu_si128((const __m128i *) (ggml_trit_ratio + 8));
+    const __m128i r2 = _mm_loadu_si128((const __m128i *) (ggml_trit_ratio + 16));
+    const __m128i r3 = _mm_srli_si128(_mm_loadu_si128((const __m128i *) (ggml_trit_ratio + TRIT_N_SCALES - 8)), 10);
+    const vint low0  = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(r0, low_byte), _mm_and_si128(r1, low_byte)));
+    const vint low1  = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(r2, low_byte), _mm_and_si128(r3, low_byte)));
+    const vint high0 = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(r0, 8), _mm_srli_epi16(r1, 8)));
+    const vint high1 = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(r2, 8), _mm_srli_epi16(r3, 8)));
+
+    const vint above = _mm256_cmpgt_epi8(k, _mm256_set1_epi8(15));
+    const vint low   = _mm256_blendv_epi8(_mm256_shuffle_epi8(low0,  k), _mm256_shuffle_epi8(low1,  k), above);
+    const vint high  = _mm256_blendv_epi8(_mm256_shuffle_epi8(high0, k), _mm256_shuffle_epi8(high1, k), above);
+    *even = _mm256_blendv_epi8(low, _mm256_slli_epi16(high, 8), _mm256_set1_epi16((short) 0xff00));
+    *odd  = _mm256_blendv_epi8(_mm256_srli_epi16(low, 8), high, _mm256_set1_epi16((short) 0xff00));
+#endif
+}
+
+// VNNI sums a group to 32 bits, plain AVX to two sums of 16 bits: each needs the ratio
+TRIT_INLINE vint widen_ratio(vint ratio) {
+#if TRIT_VNNI
+    return ratio;
+#else
+    return v_or(ratio, V(slli_epi32)(ratio, 16));
+#endif
+}
+
+TRIT_INLINE void unpack_ratios(vint k, vint ratio[NG_TRIT]) {
+    vint even;
+    vint odd;
+    lookup_ratios(k, &even, &odd);
+    const vint low = V(set1_epi32)(0xffff);
+    ratio[0] = widen_ratio(V(set1_epi32)(TRIT_RATIO_ONE));
+    ratio[1] = widen_ratio(v_and(odd, low));
+    ratio[2] = widen_ratio(V(srli_epi32)(even, 16));
+    ratio[3] = widen_ratio(V(srli_epi32)(odd, 16));
+}
+
+TRIT_INLINE vfloat unpack_anchor(int depth, vint k) {
+    // n = 3*k0 + (k1 + k2 + k3) mod 3, in the lower half of each lane; divisions by multiplication with the inverse
+    const vint sum = V(madd_epi16)(V(maddubs_epi16)(k, V(set1_epi32)(0x01010100)), V(set1_epi16)(1));
+    const vint k0  = v_and(k, V(set1_epi32)(0xff));
+    const vint n   = mul3_add(V(sub_epi16)(k0, V(mulhi_epu16)(sum, V(set1_epi16)(21846))), sum);
+
+    const vint octave = V(mulhi_epu16)(n, V(set1_epi16)(10923));
+    const vint sixth  = V(sub_epi16)(n, V(mullo_epi16)(octave, V(set1_epi16)(6)));
+#if TRIT_LANES == 16
+    const vint top = _mm512_permutexvar_epi32(sixth, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) ggml_trit_anchor_octave[depth - 1])));
+#else
+    const vint top = _mm256_permutevar8x32_epi32(v_load(ggml_trit_anchor_octave[depth - 1]), sixth);
+#endif
+    // a power of two less: the exponent of the float
+#if TRIT_LANES == 16
+    return _mm512_castsi512_ps(_mm512_sub_epi32(top, _mm512_slli_epi32(octave, 23)));
+#else
+    return _mm256_castsi256_ps(_mm256_sub_epi32(top, _mm256_slli_epi32(octave, 23)));
+#endif
+}
+
+TRIT_INLINE void unpack_block(int depth, const uint16_t * words, int lane0, struct strip_block * x) {
+    const vint k = unpack_codes(depth, words, lane0, x->code);
+    unpack_ratios(k, x->ratio);
+    x->anchor = unpack_anchor(depth, k);
+}
+
+//
+// dot products
+//
+
+TRIT_INLINE vint broadcast_4(const int8_t * qs) {
+    int32_t q;
+    memcpy(&q, qs, sizeof(q));
+    return V(set1_epi32)(q);
+}
+
+// VNNI: one sum of 32 bits a lane. Plain AVX: two of 16 bits, which hold a group, or half a group at depth 4.
+TRIT_INLINE vint dot_4(vint sum, vint code, vint q) {
+#if TRIT_VNNI
+    return v_dpbusd(sum, code, q);
+#else
+    return V(add_epi16)(sum, V(maddubs_epi16)(code, q));
+#endif
+}
+
+TRIT_INLINE vint add_scaled(int depth, vint isum, vint sum, vint ratio) {
+#if TRIT_VNNI
+    return depth < 4 ? v_dpwssd(isum, sum, ratio) : V(add_epi32)(isum, V(mullo_epi32)(sum, ratio));
+#else
+    (void) depth;
+    return V(add_epi32)(isum, V(madd_epi16)(sum, ratio));
+#endif
+}
+
+static inline int sums_per_group(int depth) {
+    return depth == 4 && !TRIT_VNNI ? 2 : 1;
+}
+
+// acc[c] += block x times block ib of column c
+TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, const struct trit_activations * const * y, int64_t ib, vfloat * acc) {
+    const int n_sums = sums_per_group(depth);
+
+    TRIT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        vint isum[TRIT_MAX_COLS];
+        TRIT_UNROLL
+        for (int c = 0; c < n_cols; ++c) {
+            isum[c] = V(set1_epi32)(0);
+        }
+        TRIT_UNROLL
+        for (int i = 2*half*n_sums; i < 2*(half + 1)*n_sums; ++i) {
+            vint sum[TRIT_MAX_COLS];
+            TRIT_UNROLL
+            for (int c = 0; c < n_cols; ++c) {
+                sum[c] = V(set1_epi32)(y[c][ib].bias[i]);
+            }
+            TRIT_UNROLL
+            for (int j = 4*i/n_sums; j < 4*(i + 1)/n_sums; ++j) {
+                TRIT_UNROLL
+                for (int c = 0; c < n_cols; ++c) {
+                    sum[c] = dot_4(sum[c], x->code[j], broadcast_4(y[c][ib].qs + 4*j));
+                }
+            }
+            TRIT_UNROLL
+            for (int c = 0; c < n_cols; ++c) {
+                isum[c] = add_scaled(depth, isum[c], sum[c], x->ratio[i/n_sums]);
+            }
+        }
+        TRIT_UNROLL
+        for (int c = 0; c < n_cols; ++c) {
+            const vfloat scale = V(mul_ps)(x->anchor, V(set1_ps)(y[c][ib].d[half]));
+            acc[c] = V(fmadd_ps)(V(cvtepi32_ps)(isum[c]), scale, acc[c]);
+        }
+    }
+}
+
+TRIT_INLINE void store_sums(int n_cols, const vfloat * acc, float * const * s, int64_t row0, bool accumulate) {
+    TRIT_UNROLL
+    for (int c = 0; c < n_cols; ++c) {
+        float * p = s[c] + row0;
+        V(storeu_ps)(p, accumulate ? V(add_ps)(acc[c], V(loadu_ps)(p)) : acc[c]);
+    }
+}
+
+// The next strip follows in memory, so that one can be fetched across the ends of strips and pages, where the hardware stops.
+TRIT_INLINE void prefetch_block(int depth, const uint16_t * words) {
+    const char * ahead = (const char *) words + TRIT_PREFETCH;
+    TRIT_UNROLL
+    for (int i = 0; i < TRIT_STRIP*trit_block_words(depth)*2; i += 64) {
+        _mm_prefetch(ahead + i, _MM_HINT_T0);
+    }
+}
+
+// few columns: blocks are unpacked to registers
+TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, const uint16_t * words,
+        int n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    vfloat acc[TRIT_STRIP/TRIT_LANES][TRIT_FEW_COLUMNS];
+    TRIT_UNROLL
+    for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
+        TRIT_UNROLL
+        for (int c = 0; c < n_cols; ++c) {
+            acc[i][c] = V(setzero_ps)();
+        }
+    }
+    for (int64_t ib = 0; ib < n_blocks; ++ib, words += TRIT_STRIP*trit_block_words(depth)) {
+        prefetch_block(depth, words);
+        TRIT_UNROLL
+        for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
+            struct strip_block x;
+            unpack_block(depth, words, i*TRIT_LANES, &x);
+            dot_block(depth, &x, n_cols, y, y_block0 + ib, acc[i]);
+        }
+    }
+    TRIT_UNROLL
+    for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
+        store_sums(n_cols, acc[i], s, row0 + i*TRIT_LANES, accumulate);
+    }
+}
+
+// many columns: blocks have been unpacked to memory
+TRIT_INLINE void tile_columns(int depth, int64_t n_blocks, const struct strip_block * x,
+        int n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    vfloat acc[TRIT_MAX_COLS];
+    TRIT_UNROLL
+    for (int c = 0; c < n_cols; ++c) {
+        acc[c] = V(setzero_ps)();
+    }
+    for (int64_t ib = 0; ib < n_blocks; ++ib) {
+        dot_block(depth, x + ib, n_cols, y, y_block0 + ib, acc);
+    }
+    store_sums(n_cols, acc, s, row0, accumulate);
+}
+
+TRIT_INLINE void gemm_strip(int depth, int64_t n_blocks, const uint16_t * words,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    switch (n_cols) {
+        case 1: stream_columns(depth, n_blocks, words, 1, y, y_block0, s, row0, accumulate); return;
+        case 2: stream_columns(depth, n_blocks, words, 2, y, y_block0, s, row0, accumulate); return;
+        case 3: stream_columns(depth, n_blocks, words, 3, y, y_block0, s, row0, accumulate); return;
+        case 4: stream_columns(depth, n_blocks, words, 4, y, y_block0, s, row0, accumulate); return;
+    }
+    assert(n_blocks <= TRIT_TILE_BLOCKS);
+
+    for (int lane0 = 0; lane0 < TRIT_STRIP; lane0 += TRIT_LANES) {
+        struct strip_block tile[TRIT_TILE_BLOCKS];
+        for (int64_t ib = 0; ib < n_blocks; ++ib) {
+            unpack_block(depth, words + ib*TRIT_STRIP*trit_block_words(depth), lane0, tile + ib);
+        }
+        int64_t c = 0;
+        for (; c + TRIT_MAX_COLS <= n_cols; c += TRIT_MAX_COLS) {
+            tile_columns(depth, n_blocks, tile, TRIT_MAX_COLS, y + c, y_block0, s + c, row0 + lane0, accumulate);
+        }
+        for (; c + TRIT_MAX_COLS/2 <= n_cols; c += TRIT_MAX_COLS/2) {
+            tile_columns(depth, n_blocks, tile, TRIT_MAX_COLS/2, y + c, y_block0, s + c, row0 + lane0, accumulate);
+        }
+        for (; c < n_cols; ++c) {
+            tile_columns(depth, n_blocks, tile, 1, y + c, y_block0, s + c, row0 + lane0, accumulate);
+        }
+    }
+}
+
+void ggml_trit_prepare_activations(int depth, int64_t n_blocks, const block_q8_0 * GGML_RESTRICT x, struct trit_activations * GGML_RESTRICT y) {
+    const __m128i minus_offset = _mm_set1_epi16((short) -trit_code_offset(depth));
+
+    for (int64_t ib = 0; ib < n_blocks; ++ib) {
+        memset(y[ib].bias, 0, sizeof(y[ib].bias));
+        for (int g = 0; g < NG_TRIT; ++g) {
+            const block_q8_0 * b = x + 2*ib + g/2;
+            y[ib].d[g/2] = GGML_CPU_FP16_TO_FP32(b->d);
+
+            const __m128i q = _mm_loadu_si128((const __m128i *) (b->qs + QG_TRIT*(g%2)));
+            _mm_storeu_si128((__m128i *) (y[ib].qs + QG_TRIT*g), q);
+
+            const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), q);
+#if TRIT_VNNI
+            const __m128i sum4 = _mm_madd_epi16(pairs, minus_offset);
+            const __m128i sum8 = _mm_add_epi32(sum4, _mm_srli_si128(sum4, 8));
+            y[ib].bias[g] = _mm_cvtsi128_si32(_mm_add_epi32(sum8, _mm_srli_si128(sum8, 4)));
+#else
+            // even and odd pairs of the group, or of its halves at depth 4
+            const __m128i sum2 = _mm_mullo_epi16(pairs, minus_offset);
+            const __m128i sum4 = _mm_add_epi16(sum2, _mm_srli_si128(sum2, 4));
+            if (depth == 4) {
+                y[ib].bias[2*g + 0] = _mm_cvtsi128_si32(sum4);
+                y[ib].bias[2*g + 1] = _mm_extract_epi32(sum4, 2);
+            } else {
+                y[ib].bias[g] = _mm_cvtsi128_si32(_mm_add_epi16(sum4, _mm_srli_si128(sum4, 8)));
+            }
+#endif
+        }
+    }
+}
+
+void ggml_trit_gemm_strip(int depth, int64_t n_blocks, const void * GGML_RESTRICT strip,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    switch (depth) {
+        case 1: gemm_strip(1, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
+        case 2: gemm_strip(2, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
+        case 3: gemm_strip(3, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
+        case 4: gemm_strip(4, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
+    }
+}
+
+#endif
