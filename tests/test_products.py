@@ -29,7 +29,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def model(request: pytest.FixtureRequest, base: Path) -> Path:
     """The model in a TRIT type, embeddings and output matrix too."""
     path = base.with_name(f"{base.stem}-TRIT{request.param}.gguf")
-    command = [ggml.tool("llama-quantize"), "--pure", base, path, f"TRIT{request.param}"]
+    command = [str(ggml.tool("llama-quantize")), "--pure", str(base), str(path), f"TRIT{request.param}"]
     subprocess.run(command, check=True, capture_output=True)
     return path
 
@@ -38,8 +38,18 @@ def _run(model: Path, logits: Path, *options: str, variant: str | None = None) -
     """llama-perplexity over a text; it writes logits, or reads them where the options say --kl-divergence."""
     text = logits.with_suffix(".txt")
     text.write_text(TEXT, encoding="utf-8")
-    command = [ggml.tool("llama-perplexity"), "-m", model, "-f", text, "-c", "64", "--chunks", str(CHUNKS), "-t", "2"]
-    command += ["--kl-divergence-base", logits, *options]
+    command = [
+        str(ggml.tool("llama-perplexity")),
+        "-m",
+        str(model),
+        "-f",
+        str(text),
+        "-c",
+        "64",
+        "--chunks",
+        str(CHUNKS),
+    ]
+    command += ["-t", "2", "--kl-divergence-base", str(logits), *options]
     forced = variants.environment(variant) if variant else {}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | forced)
     return done.stdout + done.stderr
