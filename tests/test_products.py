@@ -14,7 +14,7 @@ from tritrun import variants
 
 ARCHITECTURES = ["Llama", "Mixtral"]  # Mixtral's experts take MUL_MAT_ID
 CHUNKS = 2
-LIMIT = 0.03  # an expert chosen otherwise is 0.01; with wrong results it is 0.1 and more
+LIMIT = 0.03  # a token for which another expert is chosen is worth 0.01
 TEXT = "The quick brown fox jumps over the lazy dog, and then the dog sleeps in the sun. " * 40
 
 
