@@ -1,5 +1,6 @@
 """The `tritconv` command line."""
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +13,14 @@ from tritconv.commands import examples, new_app
 from tritconv.console import out
 from tritconv.errors import TritError
 from tritconv.format import DEPTHS
-from tritconv.plan import TypePlan
+from tritconv.gguf_types import TRIT_TYPE
+from tritconv.plan import TypePlan, TypeRule
 
 if TYPE_CHECKING:
+    from tritconv.allocate import Budget
+    from tritconv.calibrate import CalibrationOptions
     from tritconv.convert import Job
+    from tritconv.methods import Quantizer
 
 app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", lambda: __version__)
 
@@ -36,13 +41,42 @@ class StorageType(str, Enum):
         return GGMLQuantizationType[self.name]
 
 
+class Method(str, Enum):
+    """How codes and scales are chosen."""
+
+    SEARCH = "search"
+    IMATRIX = "imatrix"
+    UNIFORM = "uniform"
+    GPTQ = "gptq"
+    TUNE = "tune"
+
+
 Depth = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--depth",
         "-d",
         metavar="D",
         help="Trits per weight, 1 to 4: 2.00, 3.50, 5.25, 6.75 bits with the scales.",
+        show_default=False,
+    ),
+]
+BitsPerWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--bpw",
+        metavar="X",
+        help="Instead of --depth: bits per weight of the layers. Each matrix gets the depth that costs least. Needs "
+        "--calibrate.",
+        show_default=False,
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        "--target-size",
+        metavar="SIZE",
+        help="As --bpw, for the size of the file, such as 120MB or 1.5GiB.",
         show_default=False,
     ),
 ]
@@ -58,6 +92,46 @@ OutputType = Annotated[
 FallbackType = Annotated[
     StorageType, typer.Option("--fallback-type", help="Type of matrices that a TRIT type cannot hold.")
 ]
+MethodOption = Annotated[
+    Method | None,
+    typer.Option(
+        "--method",
+        help="How codes and scales are chosen: docs/quality.md compares the methods.",
+        show_default="gptq with --calibrate, imatrix with --imatrix, else search",
+    ),
+]
+ImatrixOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix", metavar="FILE", help="Importances by llama-imatrix, to weight the search.", show_default=False
+    ),
+]
+Calibrate = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibrate",
+        metavar="FILE",
+        help="Text to calibrate on, or JSON lines with text or messages. Repeatable.",
+        show_default=False,
+    ),
+]
+CalibTokens = Annotated[
+    int, typer.Option("--calib-tokens", min=256, metavar="N", help="Tokens to calibrate on, at most.")
+]
+CalibSeq = Annotated[int, typer.Option("--calib-seq", min=16, metavar="N", help="Tokens of a calibration sequence.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Which parts of the text are taken.")
+]
+TensorDepths = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-depth",
+        metavar="REGEX=D",
+        help="Another depth, or a type such as q8_0, for the matrices whose GGUF name has a match. Repeatable; "
+        "later ones win.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="all cores")
 ]
@@ -68,13 +142,23 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output f
     "hf-to-gguf",
     epilog=examples(
         "tritconv hf-to-gguf Qwen/Qwen2.5-0.5B --depth 2",
+        "tritconv hf-to-gguf Qwen/Qwen2.5-0.5B --depth 2 --calibrate text.txt",
         "tritconv hf-to-gguf ./my-checkpoint --depth 3 --embed-type f16 -o my-model.gguf",
     ),
 )
 def hf_to_gguf(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, or a hub id.", show_default=False)],
-    depth: Depth,
+    depth: Depth = None,
+    bpw: BitsPerWeight = None,
+    target_size: TargetSize = None,
     output: Output = None,
+    method: MethodOption = None,
+    imatrix: ImatrixOption = None,
+    calibrate: Calibrate = None,
+    calib_tokens: CalibTokens = 65536,
+    calib_seq: CalibSeq = 512,
+    seed: Seed = 0,
+    tensor_depth: TensorDepths = None,
     embed_type: EmbedType = StorageType.Q8_0,
     output_type: OutputType = None,
     fallback_type: FallbackType = StorageType.Q8_0,
@@ -87,15 +171,28 @@ def hf_to_gguf(
     """Convert a Hugging Face checkpoint: a local folder, or a model on the hub."""
     from tritconv import convert, report
 
-    job = _job(depth, output, embed_type, output_type, fallback_type, threads, force)
+    size = _size(depth, bpw, target_size)
+    plan = _plan(depth or 2, embed_type, output_type, fallback_type)
+    method = _method(method, imatrix, calibrate)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, seed, size)
+    job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
     out.print(report.conversion_report(convert.hf_to_gguf(source, revision, job)))
 
 
 @app.command("gguf-to-gguf", epilog=examples("tritconv gguf-to-gguf model-F16.gguf --depth 2"))
 def gguf_to_gguf(
     source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A GGUF file of any type.", show_default=False)],
-    depth: Depth,
+    depth: Depth = None,
+    bpw: BitsPerWeight = None,
+    target_size: TargetSize = None,
     output: Output = None,
+    method: MethodOption = None,
+    imatrix: ImatrixOption = None,
+    calibrate: Calibrate = None,
+    calib_tokens: CalibTokens = 65536,
+    calib_seq: CalibSeq = 512,
+    seed: Seed = 0,
+    tensor_depth: TensorDepths = None,
     embed_type: EmbedType = StorageType.Q8_0,
     output_type: OutputType = None,
     fallback_type: FallbackType = StorageType.Q8_0,
@@ -105,7 +202,11 @@ def gguf_to_gguf(
     """Encode a GGUF file again. The fewer bits the input has, the more its own error shows."""
     from tritconv import convert, report
 
-    job = _job(depth, output, embed_type, output_type, fallback_type, threads, force)
+    size = _size(depth, bpw, target_size)
+    plan = _plan(depth or 2, embed_type, output_type, fallback_type)
+    method = _method(method, imatrix, calibrate)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, seed, size)
+    job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
     out.print(report.conversion_report(convert.gguf_to_gguf(source, job)))
 
 
@@ -129,18 +230,102 @@ def inspect(
         out.print(table)
 
 
-def _job(
-    depth: int,
-    output: Path | None,
-    embed_type: StorageType,
-    output_type: StorageType | None,
-    fallback_type: StorageType,
-    threads: int | None,
-    force: bool,
-) -> "Job":
-    from tritconv import convert
+def _size(depth: int | None, bpw: float | None, target_size: str | None) -> "Budget | None":
+    """The size to reach by mixed depth; None where --depth says it all."""
+    from tritconv.allocate import BitsPerWeight, FileSize
 
+    if sum(option is not None for option in (depth, bpw, target_size)) != 1:
+        raise typer.BadParameter("give one of --depth, --bpw and --target-size")
+    if bpw is not None:
+        return BitsPerWeight(bpw)
+    return None if target_size is None else FileSize(_bytes(target_size))
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
+    if found is None or found[2] not in _UNITS:
+        raise typer.BadParameter(f"{text} is no size: write 120MB or 1.5GiB", param_hint="--target-size")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _plan(depth: int, embed_type: StorageType, output_type: StorageType | None, fallback_type: StorageType) -> TypePlan:
     if depth not in DEPTHS:
         raise TritError(f"--depth {depth} is out of range: choose {min(DEPTHS)} to {max(DEPTHS)}")
-    plan = TypePlan(depth, embed_type.qtype, (output_type or embed_type).qtype, fallback_type.qtype)
-    return convert.Job(plan, output, force, threads or convert.Job.threads)
+    return TypePlan(depth, embed_type.qtype, (output_type or embed_type).qtype, fallback_type.qtype)
+
+
+def _method(method: Method | None, imatrix: Path | None, calibrate: list[Path] | None) -> Method:
+    """The method wanted, or the one that goes with what is given."""
+    if imatrix and calibrate:
+        raise TritError("--imatrix and --calibrate are two ways to know what matters: leave one of them out")
+    if method is None:
+        return Method.GPTQ if calibrate else Method.IMATRIX if imatrix else Method.SEARCH
+    if imatrix and method is not Method.IMATRIX:
+        raise TritError(f"--method {method.value} does not use --imatrix: leave one of them out")
+    if calibrate and method not in (Method.GPTQ, Method.TUNE):
+        raise TritError(f"--method {method.value} does not use --calibrate: leave one of them out")
+    return method
+
+
+def _quantizer(method: Method, imatrix: Path | None) -> "Quantizer":
+    from tritconv.methods.imatrix import Imatrix
+    from tritconv.methods.search import Search
+    from tritconv.methods.uniform import Uniform
+
+    if method is Method.UNIFORM:
+        return Uniform()
+    if method is not Method.IMATRIX:
+        return Search()
+    if imatrix is None:
+        raise TritError("--method imatrix needs importances: add --imatrix FILE, a file that llama-imatrix makes")
+    return Imatrix(imatrix)
+
+
+def _calibration(
+    method: Method, files: list[Path] | None, n_tokens: int, length: int, seed: int, size: "Budget | None"
+) -> "CalibrationOptions | None":
+    if method not in (Method.GPTQ, Method.TUNE):
+        if size is not None:
+            raise TritError("--bpw and --target-size need a text to know what matters: add --calibrate FILE")
+        return None
+    if not files:
+        raise TritError(f"--method {method.value} needs a text: add --calibrate FILE")
+    from tritconv.calibrate import CalibrationOptions
+    from tritconv.calibration.text import TextOptions
+    from tritconv.methods.tune import TuneOptions
+
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise TritError(f"--calibrate {missing}: no such file")
+    training = TuneOptions(seed=seed) if method is Method.TUNE else None
+    return CalibrationOptions(TextOptions(tuple(files), n_tokens, length, seed), training, size)
+
+
+def _job(
+    plan: TypePlan,
+    output: Path | None,
+    force: bool,
+    threads: int | None,
+    quantizer: "Quantizer",
+    tensor_depths: list[str] | None,
+    calibration: "CalibrationOptions | None",
+) -> "Job":
+    from tritconv.convert import Job
+
+    rules = tuple(_rule(text) for text in tensor_depths or ())
+    label = calibration.budget.label if calibration and calibration.budget else None
+    return Job(plan, output, force, threads or Job.threads, quantizer, rules, calibration, label)
+
+
+def _rule(text: str) -> TypeRule:
+    pattern, _, name = text.rpartition("=")
+    types = {str(depth): qtype for depth, qtype in TRIT_TYPE.items()} | {t.value: t.qtype for t in StorageType}
+    if not pattern or name not in types:
+        raise TritError(f"--tensor-depth {text}: not of the form REGEX=D with D one of {', '.join(types)}")
+    try:
+        return TypeRule(re.compile(pattern), types[name])
+    except re.error as error:
+        raise TritError(f"--tensor-depth {text}: not a regular expression: {error}") from error

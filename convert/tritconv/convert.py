@@ -2,8 +2,9 @@
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
@@ -16,6 +17,8 @@ from rich.progress import (
 )
 
 import tritconv
+from tritconv.allocate import FileSize
+from tritconv.calibrate import CalibrationOptions, Origin, calibrate
 from tritconv.checkpoint import find_checkpoint
 from tritconv.console import err, one_line
 from tritconv.encode import n_bytes
@@ -23,9 +26,12 @@ from tritconv.errors import TritError
 from tritconv.format import FORMAT_VERSION
 from tritconv.gguf_source import open_gguf
 from tritconv.hf import open_checkpoint
+from tritconv.lattice import LatticeImport
+from tritconv.methods import Quantizer
+from tritconv.methods.search import Search
 from tritconv.model_file import read_model_file
-from tritconv.plan import SourceTensor, TypePlan
-from tritconv.writer import Written, write
+from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule
+from tritconv.writer import Written, header_bytes, write
 
 # How file names end that say their type: model-F16, model.Q4_K_M
 _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORECASE)
@@ -33,12 +39,20 @@ _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORE
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for. `output` None stands for `<model>-TRIT<depth>.gguf` in the current folder."""
+    """What the user asked for. `output` None stands for `<model>-TRIT<depth>.gguf` in the current folder.
+
+    `rules` are for single tensors, on top of `plan`. A `calibration` makes a quantizer of its own. `label` takes the
+    place of the type in the name of the file.
+    """
 
     plan: TypePlan
     output: Path | None = None
     force: bool = False
     threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quantizer: Quantizer = field(default_factory=Search)
+    rules: tuple[TypeRule, ...] = ()
+    calibration: CalibrationOptions | None = None
+    label: str | None = None
 
     def target(self, model: str) -> Path:
         """Where the file goes.
@@ -46,7 +60,7 @@ class Job:
         Raises:
             TritError: there is a file already, and --force was not given.
         """
-        target = self.output or Path(f"{model}-TRIT{self.plan.depth}.gguf")
+        target = self.output or Path(f"{model}-{self.label or f'TRIT{self.plan.depth}'}.gguf")
         if target.is_dir():
             raise TritError(f"{target} is a folder: name a file with -o")
         if target.exists() and not self.force:
@@ -62,9 +76,13 @@ def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
     target = job.target(model)
     folder = find_checkpoint(source, revision)
     from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
-    with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
-        checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
-    return _write(checkpoint.header, checkpoint.tensors, source if from_hub else model, target, job)
+
+    def read() -> _Source:
+        with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
+            checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
+        return checkpoint.header, checkpoint.tensors
+
+    return _convert(read, Origin(folder), source if from_hub else model, target, job)
 
 
 def gguf_to_gguf(source: Path, job: Job) -> Written:
@@ -73,19 +91,50 @@ def gguf_to_gguf(source: Path, job: Job) -> Written:
     target = job.target(_TYPE_SUFFIX.sub("", source.name.removesuffix(".gguf")))
     if target.exists() and target.samefile(source):
         raise TritError(f"{target} is the source itself: name another file with -o")
-    header, tensors = open_gguf(source)
-    return _write(header, tensors, source.name, target, job)
+    return _convert(lambda: open_gguf(source), Origin(source.parent, source.name), source.name, target, job)
 
 
-def _write(header: GGUFWriter, tensors: list[SourceTensor], source: str, target: Path, job: Job) -> Written:
-    depth = job.plan.depth
+_Source = tuple[GGUFWriter, list[SourceTensor]]
+
+
+def _convert(read: Callable[[], _Source], origin: Origin, name: str, target: Path, job: Job) -> Written:
+    header, tensors = read()
+    plan = job.plan.with_rules(job.rules, tensors)
+    if job.calibration is None:
+        return _write(header, tensors, plan, job.quantizer, name, target, job)
+    options = job.calibration
+    if isinstance(options.budget, FileSize):
+        rest = header_bytes(header, tensors, plan) + sum(
+            options.budget.size(tensor, plan.type_of(tensor)) for tensor in tensors if tensor.kind is not Kind.MATRIX
+        )
+        options = replace(options, budget=replace(options.budget, rest=rest))
+    calibration = calibrate(origin, header.arch, tensors, plan, options)
+    header, tensors = read()  # tensors are loaded once, and the calibration has done that
+    header.add_array("trit.calibration", calibration.description)
+    return _write(header, calibration.with_norms(tensors), calibration.plan, calibration.quantizer, name, target, job)
+
+
+def _write(
+    header: GGUFWriter,
+    tensors: list[SourceTensor],
+    plan: TypePlan,
+    method: Quantizer,
+    source: str,
+    target: Path,
+    job: Job,
+) -> Written:
+    quantizer = LatticeImport(method)
+    depth = plan.depth
     header.add_file_type(LlamaFileType[f"MOSTLY_TRIT{depth}"])
     header.add_quantization_version(GGML_QUANT_VERSION)
     header.add_uint32("trit.format_version", FORMAT_VERSION)
     header.add_uint32("trit.depth", depth)
-    header.add_string("trit.method", "search")
+    header.add_string("trit.method", quantizer.name)
+    header.add_uint32("trit.imported", 0)
     header.add_string("trit.codec", f"tritconv {tritconv.__version__}")
     header.add_string("trit.source", source)
+    if exceptions := plan.exceptions(tensors):
+        header.add_array("trit.plan", exceptions)
 
     progress = Progress(
         TextColumn("{task.fields[tensor]}", style="dim"),
@@ -96,7 +145,7 @@ def _write(header: GGUFWriter, tensors: list[SourceTensor], source: str, target:
         transient=True,
         disable=not err.is_terminal,
     )
-    total = sum(n_bytes(tensor.shape, job.plan.type_of(tensor)) for tensor in tensors)
+    total = sum(n_bytes(tensor.shape, plan.type_of(tensor)) for tensor in tensors)
     with progress:
         # the bar counts bytes; the number of tensors stands in the text
         task = progress.add_task("", total=total, tensor="")
@@ -105,6 +154,7 @@ def _write(header: GGUFWriter, tensors: list[SourceTensor], source: str, target:
         def advance(name: str, count: int) -> None:
             nonlocal done
             done += 1
+            header.kv_data[0]["trit.imported"].value = quantizer.n_imported  # the header is written again at the end
             progress.update(task, advance=count, tensor=f"{done}/{len(tensors)} {one_line(name)}")
 
-        return write(header, tensors, job.plan, target, job.threads, advance)
+        return write(header, tensors, plan, target, job.threads, advance, quantizer)

@@ -7,7 +7,7 @@ their values. Both then know the TRIT types. The ids and sizes come with the pat
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from tritconv.codec import pack, unpack
+from tritconv.codec import unpack
 from tritconv.format import DEPTHS
 
 TRIT_TYPE = {depth: GGMLQuantizationType[f"TRIT{depth}"] for depth in DEPTHS}
@@ -18,9 +18,10 @@ def _register(trit_depth: int) -> None:
     class Trit(quants.__Quant, qtype=TRIT_TYPE[trit_depth]):  # type: ignore[call-arg]
         @classmethod
         def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
-            from tritconv.search import search  # loads torch, which takes seconds
+            from tritconv.methods import search  # which needs this module first
 
-            return pack(search(blocks, trit_depth))
+            # one long row: the encoder prepares itself once a row
+            return search.quantize(blocks.reshape(1, -1), trit_depth).reshape(len(blocks), -1)
 
         @classmethod
         def dequantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ def conversion_report(written: Written) -> RenderableType:
     """Tables for a finished file."""
     parts: list[RenderableType] = [_sizes(written), _worst(written.tensors)]
     parts.extend(_fallbacks(written.tensors))
+    parts.extend(Text(remark, style="yellow") for remark in written.remarks)
     parts.append(Text(f"{written.path}  {human_size(written.n_bytes)}  {written.seconds:.1f} s", style="bold"))
     return Group(*parts)
 

@@ -8,6 +8,7 @@ types that the tensors really got.
 import errno
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +21,10 @@ from gguf.gguf_writer import WriterState
 
 from tritconv.encode import Encoded, Encoder, n_bytes
 from tritconv.errors import NotFiniteError, RangeError, TritError
+from tritconv.methods import Quantizer
+from tritconv.methods.search import Search
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished file."""
+    """A finished file. `remarks` are the method's."""
 
     path: Path
     n_bytes: int
     seconds: float
     tensors: Sequence[StoredTensor]
+    remarks: Sequence[str]
 
 
 Progress = Callable[[str, int], None]  # called after each tensor with its name and planned bytes
@@ -56,32 +61,27 @@ def write(
     target: Path,
     threads: int,
     progress: Progress,
+    quantizer: Quantizer | None = None,
 ) -> Written:
     """Encode tensors and write them to `target`.
 
     Args:
-        header: holds the metadata; its tensors are replaced.
+        header: holds the metadata; its tensors are replaced. Until the last call of `progress` returns, values that
+            take the same room may still change.
+        quantizer: makes the blocks of TRIT types; None stands for the search.
 
     Raises:
         TritError: a weight is NaN or infinite, or the file cannot be written. `target` is as it was.
     """
     start = time.monotonic()
-    header.tensors = [{}]
-    for tensor in tensors:
-        qtype = plan.type_of(tensor)
-        header.add_tensor_info(
-            tensor.name,
-            quant_shape_to_byte_shape(tensor.shape, qtype),
-            np.dtype(np.uint8),
-            n_bytes(tensor.shape, qtype),
-            raw_dtype=qtype,
-        )
+    quantizer = quantizer or Search()
+    _list_tensors(header, tensors, plan)
     _check_space(header, target)
 
     partial = target.with_name(f".{target.name}.part")
     try:
-        with Encoder(threads) as encoder:
-            stored = _write_file(header, tensors, plan, partial, encoder, progress)
+        with Workers(threads) as workers:
+            stored = _write_file(header, tensors, plan, partial, Encoder(quantizer, workers), progress)
         os.replace(partial, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -92,7 +92,33 @@ def write(
             header.close()
         with suppress(FileNotFoundError):
             partial.unlink()
-    return Written(target, target.stat().st_size, time.monotonic() - start, stored)
+    return Written(target, target.stat().st_size, time.monotonic() - start, stored, quantizer.remarks())
+
+
+def header_bytes(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan) -> int:
+    """What a file's metadata and list of tensors take, about: `write` adds some metadata of its own."""
+    _list_tensors(header, tensors, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        _write_header(header, path)
+        header.close()
+        size = path.stat().st_size
+    header.fout = None
+    header.state = WriterState.NO_FILE
+    return size
+
+
+def _list_tensors(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan) -> None:
+    header.tensors = [{}]
+    for tensor in tensors:
+        qtype = plan.type_of(tensor)
+        header.add_tensor_info(
+            tensor.name,
+            quant_shape_to_byte_shape(tensor.shape, qtype),
+            np.dtype(np.uint8),
+            n_bytes(tensor.shape, qtype),
+            raw_dtype=qtype,
+        )
 
 
 def _check_space(header: GGUFWriter, target: Path) -> None:
@@ -159,10 +185,10 @@ def _store(
         reason = f"its rows of {tensor.shape[-1]} weights are no multiple of {wanted.name}'s block"
     try:
         try:
-            encoded = encoder.encode(values, planned)
+            encoded = encoder.encode(tensor, values, planned)
         except RangeError as error:
             planned, reason = plan.fallback_of(tensor), str(error)
-            encoded = encoder.encode(values, planned)
+            encoded = encoder.encode(tensor, values, planned)
     except NotFiniteError as error:
         index = tuple(int(i) for i in np.unravel_index(error.index, tensor.shape))
         value = values[index]

@@ -1,0 +1,200 @@
+"""Calibration: text, layers, moments, rows, and what is kept on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import HIDDEN, make_checkpoint
+
+from tritconv.calibration.matrices import Matrix, Recorder, matrices_of, stages
+from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.moments import LayerStreams
+from tritconv.calibration.rows import RowIndex
+from tritconv.calibration.store import LayerStore
+from tritconv.calibration.text import TextOptions, sequences
+from tritconv.errors import TritError
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> LayeredModel:
+    layered = LayeredModel(checkpoint)
+    layered._precision = torch.float32  # exact, for comparisons
+    return layered
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> LayeredModel:
+    layered = LayeredModel(make_checkpoint(tmp_path_factory.mktemp("mixtral"), "Mixtral"))
+    layered._precision = torch.float32
+    return layered
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 600, (6, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def text_file(folder: Path, name: str, content: str) -> Path:
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_sequences_are_seeded_and_start_as_the_tokenizer_wants(model: LayeredModel, tmp_path: Path) -> None:
+    file = text_file(tmp_path, "text.txt", "The quick brown fox jumps over the lazy dog. " * 100)
+    options = TextOptions((file,), n_tokens=4 * LENGTH, length=LENGTH, seed=3)
+    first = sequences(options, model.tokenizer)
+    assert first.shape == (4, LENGTH)
+    start = model.tokenizer("").input_ids
+    assert all(row[: len(start)].tolist() == start for row in first)
+    assert torch.equal(first, sequences(options, model.tokenizer))
+    other = sequences(TextOptions((file,), 4 * LENGTH, LENGTH, seed=4), model.tokenizer)
+    assert not torch.equal(first, other)
+
+
+def test_json_lines_with_text_and_messages(
+    model: LayeredModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": "Say something long, please."}, {"role": "assistant", "content": "No."}]
+    lines = [json.dumps({"text": "Plain text. " * 20}), "", json.dumps({"messages": messages})]
+    file = text_file(tmp_path, "chat.jsonl", "\n".join(lines))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    found = sequences(TextOptions((file,), 4096, LENGTH), model.tokenizer)
+    assert "<assistant>" in model.tokenizer.decode(found.flatten())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("short.txt", "too short", "too few for one sequence"),
+        ("broken.jsonl", '{"text": "a"}\n{', "line 2 is not JSON"),
+        ("other.jsonl", '{"prompt": "a"}', 'neither "text" nor "messages"'),
+        ("chat.jsonl", '{"messages": []}', "no chat template"),
+    ],
+)
+def test_bad_text(model: LayeredModel, tmp_path: Path, name: str, content: str, reason: str) -> None:
+    options = TextOptions((text_file(tmp_path, name, content),), length=LENGTH)
+    with pytest.raises(TritError, match=reason):
+        sequences(options, model.tokenizer)
+
+
+def test_binary_and_missing_text(model: LayeredModel, tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, reason in ((binary, "not UTF-8"), (tmp_path / "nowhere", "cannot read")):
+        with pytest.raises(TritError, match=reason):
+            sequences(TextOptions((path,)), model.tokenizer)
+
+
+def test_layers_give_what_the_model_gives(model: LayeredModel, tokens: torch.Tensor) -> None:
+    hidden = model.embed(tokens)
+    for index in range(len(model.layers)):
+        hidden = model.run_all(index, model.working_copy(index), hidden)
+    with torch.no_grad():
+        wanted = model._model.float()(input_ids=tokens).logits
+        logits = model.logits(hidden)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-2)  # positions come in float16
+
+
+def test_stages_of_a_dense_layer(model: LayeredModel, tokens: torch.Tensor) -> None:
+    layer, hidden = model.working_copy(0), model.embed(tokens)
+    order = stages(layer, list(matrices_of(layer)), lambda: model.run(0, layer, hidden))
+    names = [[matrix.name.split(".")[1] for matrix in stage] for stage in order]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_stages_of_experts(mixtral: LayeredModel, tokens: torch.Tensor) -> None:
+    layer, hidden = mixtral.working_copy(0), mixtral.embed(tokens)
+    wanted = [matrix for matrix in matrices_of(layer) if "gate.weight" not in matrix.name]
+    order = stages(layer, wanted, lambda: mixtral.run(0, layer, hidden))
+    assert [len(stage) for stage in order] == [3, 1, 4, 4]
+    assert sorted(matrix.expert or 0 for matrix in order[3]) == [0, 1, 2, 3]
+
+
+def products(model: LayeredModel, layer: torch.nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
+    """The inputs of a matrix, (tokens, n)."""
+    found: list[torch.Tensor] = []
+    with torch.no_grad(), Recorder(layer, [matrix], lambda _, x: found.append(x)):
+        model.run(0, layer, hidden)
+    return torch.cat(found)
+
+
+def streams_of(model: LayeredModel, tokens: torch.Tensor) -> LayerStreams:
+    """A first layer whose attention is off, so that the two models differ behind it."""
+    full, quantized = model.working_copy(0), model.working_copy(0)
+    with torch.no_grad():
+        full_in = model.embed(tokens)
+        for name, parameter in quantized.named_parameters():
+            if "o_proj" in name:
+                parameter.mul_(0.5)
+    return LayerStreams(model, 0, quantized, full, full_in, full_in, model.run_all(0, full, full_in))
+
+
+def test_moments_are_sums_over_the_text(model: LayeredModel, tokens: torch.Tensor) -> None:
+    streams = streams_of(model, tokens)
+    gate, down = Matrix("mlp.gate_proj.weight"), Matrix("mlp.down_proj.weight")
+    x = products(model, streams.quantized, gate, streams.quantized_in)
+    right = products(model, streams.full, gate, streams.full_in)
+    moments = streams.moments([gate], {down})[gate]
+    assert moments.n_tokens == tokens.numel()
+    torch.testing.assert_close(moments.hessian, x.T @ x, rtol=1e-3, atol=1e-3)
+    pull = x.T @ (right - x) @ gate.of(streams.full).T
+    torch.testing.assert_close(moments.pull, pull, rtol=1e-2, atol=1e-2)
+
+
+def test_last_matrix_is_pulled_to_the_full_output(model: LayeredModel, tokens: torch.Tensor) -> None:
+    streams = streams_of(model, tokens)
+    down = Matrix("mlp.down_proj.weight")
+    moments = streams.moments([down], ())[down]
+    x = products(model, streams.quantized, down, streams.quantized_in)
+    wrong = streams.full_out - model.run_all(0, streams.quantized, streams.quantized_in)
+    torch.testing.assert_close(moments.pull, x.T @ wrong.reshape(-1, HIDDEN), rtol=1e-2, atol=1e-2)
+
+
+def test_experts_have_moments_of_their_own(mixtral: LayeredModel, tokens: torch.Tensor) -> None:
+    streams = streams_of(mixtral, tokens)
+    stage = [matrix for matrix in matrices_of(streams.quantized) if matrix.name.endswith("gate_up_proj")]
+    moments = streams.moments(stage, ())
+    # two experts for each token
+    assert sum(one.n_tokens for one in moments.values()) == 2 * tokens.numel()
+    for matrix in stage:
+        x = products(mixtral, streams.quantized, matrix, streams.quantized_in)
+        torch.testing.assert_close(moments[matrix].hessian, x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_are_found_whatever_their_order() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((40, 64)).astype(np.float16)
+    weights[7] = weights[3] = 0  # rows that are alike
+    places = [(0, Matrix("a")), (1, Matrix("b", 2))]
+    index = RowIndex()
+    for place, part in zip(places, np.split(weights, [25]), strict=True):
+        index.add(place, torch.from_numpy(part))
+    order = rng.permutation(40)
+    found = index.find(weights[order])
+    assert found is not None
+    parts = {place: part.astype(np.float32) for place, part in zip(places, np.split(weights, [25]), strict=True)}
+    assert (found.gather(parts) == weights[order]).all()
+    changed = weights.copy()
+    changed[5, 5] += 1
+    assert index.find(changed) is None
+
+
+def test_store_keeps_layers_and_forgives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path))
+    key: dict[str, Any] = {"tokens": "abc", "depth": 2}
+    store = LayerStore(key)
+    assert store.load(0) is None
+    store.save(0, {"x": np.arange(5, dtype=np.uint8)})
+    loaded = LayerStore(dict(reversed(key.items()))).load(0)
+    assert loaded is not None
+    assert (loaded["x"] == np.arange(5)).all()
+    assert LayerStore(key | {"depth": 3}).load(0) is None
+    (store.folder / "layer-0000.safetensors").write_bytes(b"damaged")
+    assert store.load(0) is None

@@ -1,0 +1,144 @@
+"""tritconv with --calibrate: from a checkpoint and a text to a file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import logits, make_checkpoint, tritconv
+from gguf import GGUFReader, quants
+
+from tritconv import gguf_types  # noqa: F401 - gguf then knows the TRIT types
+
+PROMPT = "The assert statement"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics.topics.values())[:60_000], encoding="utf-8")
+    return path
+
+
+def convert(source: Path, target: Path, text: Path, *options: object, cache: Path) -> str:
+    """Run tritconv; return what it printed."""
+    command = "gguf-to-gguf" if source.suffix == ".gguf" else "hf-to-gguf"
+    run = tritconv(
+        *(command, source, "--calibrate", text, "--calib-tokens", 2048, "--calib-seq", 64, "-o", target, *options),
+        env=os.environ | {"TRITCONV_CACHE": str(cache)},
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: quants.dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+
+
+def field(path: Path, name: str) -> Any:
+    found = GGUFReader(path).get_field(name)
+    return found.contents() if found else None
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Qwen3", "Mixtral"])
+def test_architectures(architecture: str, tmp_path: Path, text: Path) -> None:
+    """All matrices are reached, whatever the converter does to their rows, and the file computes what it should."""
+    source = make_checkpoint(tmp_path / "model", architecture)
+    printed = convert(source, tmp_path / "d4.gguf", text, "--depth", 4, cache=tmp_path / "cache")
+    assert "not reached" not in printed
+    assert field(tmp_path / "d4.gguf", "trit.method") == "gptq"
+    run = tritconv("hf-to-gguf", source, "--depth", 4, "-o", tmp_path / "search.gguf")
+    assert run.returncode == 0, run.stderr
+    assert correlation(logits(tmp_path / "d4.gguf", PROMPT), logits(tmp_path / "search.gguf", PROMPT)) > 0.99
+    # rows stand where they belong: calibrated weights are near the searched ones, not near those of other rows
+    searched = weights(tmp_path / "search.gguf")
+    for name, values in weights(tmp_path / "d4.gguf").items():
+        if values.ndim > 1:
+            assert correlation(values.ravel(), searched[name].ravel()) > 0.95, name
+
+
+def test_gguf_source_gives_the_same(checkpoint: Path, f16_gguf: Path, tmp_path: Path, text: Path) -> None:
+    convert(checkpoint, tmp_path / "hf.gguf", text, "--depth", 3, cache=tmp_path / "cache")
+    convert(f16_gguf, tmp_path / "gguf.gguf", text, "--depth", 3, cache=tmp_path / "cache")
+    first, second = weights(tmp_path / "hf.gguf"), weights(tmp_path / "gguf.gguf")
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        if values.ndim > 1:
+            assert correlation(values.ravel(), second[name].ravel()) > 0.98, name
+
+
+def test_same_seed_same_file(checkpoint: Path, tmp_path: Path, text: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        convert(checkpoint, tmp_path / f"{name}.gguf", text, "--depth", 2, "--seed", seed, cache=tmp_path / name)
+    first, second, other = ((tmp_path / f"{name}.gguf").read_bytes() for name in "abc")
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize("method", ["gptq", "tune"])
+def test_killed_and_started_again(method: str, checkpoint: Path, tmp_path: Path, text: Path) -> None:
+    options = ("--depth", 2, "--method", method)
+    convert(checkpoint, tmp_path / "whole.gguf", text, *options, cache=tmp_path / "one")
+    cache, target = tmp_path / "two", tmp_path / "resumed.gguf"
+    command = [sys.executable, "-m", "tritconv", "hf-to-gguf", checkpoint, "--calibrate", text, *options]
+    command += ["--calib-tokens", 2048, "--calib-seq", 64, "-o", target]
+    process = subprocess.Popen(
+        list(map(str, command)), env=os.environ | {"TRITCONV_CACHE": str(cache)}, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while not list(cache.glob("*/layer-0000*")):
+        assert process.poll() is None, "it ended before a layer was kept"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    kept = next(cache.glob("*/layer-0000*")).stat().st_mtime_ns
+    convert(checkpoint, target, text, *options, cache=cache)
+    assert next(cache.glob("*/layer-0000*")).stat().st_mtime_ns == kept, "the layer was made again"
+    assert target.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_experts_without_tokens_go_by_the_search(tmp_path: Path, text: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "Mixtral", num_local_experts=4, num_experts_per_tok=1)
+    printed = convert(source, tmp_path / "m.gguf", text, "--depth", 2, "--calib-tokens", 256, cache=tmp_path / "cache")
+    assert "weighted search" in " ".join(printed.split())
+    assert np.isfinite(logits(tmp_path / "m.gguf", PROMPT)).all()
+
+
+def test_messages_need_a_chat_template(checkpoint: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}), encoding="utf-8")
+    run = tritconv("hf-to-gguf", checkpoint, "--depth", 2, "--calibrate", chat, "-o", tmp_path / "x.gguf")
+    assert run.returncode == 1
+    assert "no chat template" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--method", "gptq"], "add --calibrate"),
+        (["--method", "tune"], "add --calibrate"),
+        (["--calibrate", "nowhere.txt"], "no such file"),
+        (["--calibrate", __file__, "--imatrix", "x"], "leave one of them out"),
+        (["--calibrate", __file__, "--method", "uniform"], "does not use --calibrate"),
+    ],
+)
+def test_options_that_do_not_go_together(checkpoint: Path, tmp_path: Path, options: list[str], reason: str) -> None:
+    run = tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", tmp_path / "x.gguf", *options)
+    assert run.returncode == 1
+    assert reason in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1

@@ -1,0 +1,79 @@
+"""Tensors taken apart by rows, encoded by threads, and measured."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+from tritconv.encode import Encoded, Encoder, n_bytes
+from tritconv.errors import NotFiniteError, RangeError
+from tritconv.format import DEPTHS
+from tritconv.gguf_types import TRIT_TYPE
+from tritconv.methods.search import Search, quantize
+from tritconv.plan import Kind, SourceTensor
+from tritconv.workers import Chunk, Workers
+
+
+def _encode(values: np.ndarray, qtype: Type, threads: int = 2) -> Encoded:
+    tensor = SourceTensor("blk.0.ffn_up.weight", values.shape, Kind.MATRIX, lambda: values)
+    with Workers(threads) as workers:
+        return Encoder(Search(), workers).encode(tensor, values, qtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (700, 1536), (3, 500, 1024), (2, 2, 300, 512), (64,), (3, 400_000)])
+def test_chunks(shape: tuple[int, ...]) -> None:
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    with Workers(3) as workers:
+        chunks: list[Chunk] = workers.map(lambda chunk: chunk, values)
+    rows = values.reshape(-1, shape[-1])
+    assert np.array_equal(np.concatenate([chunk.rows for chunk in chunks]), rows)
+    per_matrix = shape[-2] if len(shape) > 1 else 1
+    for chunk in chunks:
+        assert np.array_equal(rows[chunk.place], chunk.rows)
+        assert chunk.first // per_matrix == (chunk.place.stop - 1) // per_matrix == chunk.matrix
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_trit_blocks_and_their_error(depth: int, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    values = (0.05 * rng.standard_normal((2, 300, 1024))).astype(np.float16)
+    encoded = _encode(values, TRIT_TYPE[depth], threads)
+    rows = values.reshape(-1, 1024).astype(np.float32)
+    assert np.array_equal(encoded.data, quantize(rows, depth).ravel())
+    assert len(encoded.data) == n_bytes(values.shape, TRIT_TYPE[depth])
+    lost = quants.dequantize(encoded.data.reshape(600, -1), TRIT_TYPE[depth]) - rows
+    expected = np.sqrt((lost.astype(np.float64) ** 2).sum() / (rows.astype(np.float64) ** 2).sum())
+    assert encoded.relative_error == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("qtype", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0])
+def test_other_types_are_as_gguf_makes_them(qtype: Type) -> None:
+    values = np.random.default_rng(0).standard_normal((600, 1024)).astype(np.float32)
+    assert _encode(values, qtype).data.tobytes() == quants.quantize(values, qtype).tobytes()
+
+
+@pytest.mark.parametrize("qtype", [Type.TRIT2, Type.F32])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_finite_in_a_later_chunk(qtype: Type, value: float) -> None:
+    values = np.ones((2, 400, 1024), np.float16)
+    values[1, 399, 77] = value
+    values[1, 399, 500] = value
+    with pytest.raises(NotFiniteError) as caught:
+        _encode(values, qtype)
+    assert caught.value.index == np.ravel_multi_index((1, 399, 77), values.shape)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize(("value", "bound"), [(500.0, "above"), (1e-4, "below")])
+def test_out_of_range_in_a_later_chunk(depth: int, value: float, bound: str) -> None:
+    values = np.ones((2, 400, 1024), np.float16)
+    values[1, 300, 128:192] = value
+    with pytest.raises(RangeError, match=rf"block {700 * 16 + 2}: largest weight .* is {bound} the range") as caught:
+        _encode(values, TRIT_TYPE[depth])
+    assert caught.value.block == 700 * 16 + 2
+    assert caught.value.largest == pytest.approx(value, rel=1e-3)
+
+
+def test_zeros() -> None:
+    assert _encode(np.zeros((10, 64), np.float32), Type.TRIT3).relative_error == 0

@@ -1,0 +1,118 @@
+"""gptq: what it makes is valid, and better for the products than what the search makes."""
+
+import numpy as np
+import pytest
+import torch
+
+from tritconv.calibration.moments import Moments
+from tritconv.codec import pack, unpack, validate
+from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
+from tritconv.methods import gptq, search
+
+ROWS, N = 48, 192
+
+
+def inputs(n_tokens: int = 1024, seed: int = 0) -> torch.Tensor:
+    """float32 (tokens, n): correlated, and of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(n_tokens, N // 4, generator=generator) @ torch.randn(N // 4, N, generator=generator)
+    return (mixed + torch.randn(n_tokens, N, generator=generator)) * torch.logspace(-1, 1, N)
+
+
+def matrix(seed: int = 1) -> torch.Tensor:
+    return 0.05 * torch.randn(ROWS, N, generator=torch.Generator().manual_seed(seed))
+
+
+def decoded(data: np.ndarray, depth: int) -> torch.Tensor:
+    return torch.from_numpy(unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth])).decode()).view(ROWS, N)
+
+
+def product_error(weights: torch.Tensor, wanted: torch.Tensor, x: torch.Tensor) -> float:
+    return float((x @ weights.T - wanted).square().sum())
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_products_are_nearer_than_those_of_the_search(depth: int) -> None:
+    x, weights = inputs(), matrix()
+    moments = Moments(x.T @ x, n_tokens=1 << 20)
+    blocks = gptq.quantize(weights, depth, moments).blocks
+    assert np.abs(blocks.codes).max() <= CODE_MAX[depth]
+    data = pack(blocks)
+    validate(depth, data)
+
+    wanted = x @ weights.T
+    searched = search.quantize(weights.numpy(), depth, moments.hessian.diagonal().numpy())
+    ours = product_error(decoded(data, depth), wanted, x)
+    assert ours < 0.8 * product_error(decoded(searched, depth), wanted, x)
+
+
+def test_unseen_inputs_profit_too() -> None:
+    x, unseen, weights = inputs(4096), inputs(4096, seed=0)[2048:], matrix()
+    seen = x[:2048]
+    blocks = gptq.quantize(weights, 2, Moments(seen.T @ seen, n_tokens=len(seen))).blocks
+    wanted = unseen @ weights.T
+    searched = search.quantize(weights.numpy(), 2, None)
+    assert product_error(decoded(pack(blocks), 2), wanted, unseen) < 0.8 * product_error(
+        decoded(searched, 2), wanted, unseen
+    )
+
+
+def test_pull_makes_up_for_inputs_that_are_wrong() -> None:
+    """The products with the inputs that a quantized model has come near those of the full-precision one."""
+    right, weights = inputs(), matrix()
+    wrong = (
+        right
+        + 0.3 * right.roll(1, dims=1)
+        + 0.05 * torch.randn(right.shape, generator=torch.Generator().manual_seed(3))
+    )
+    hessian = wrong.T @ wrong
+    pull = wrong.T @ (right - wrong) @ weights.T
+    wanted = right @ weights.T
+    with_pull = decoded(pack(gptq.quantize(weights, 3, Moments(hessian, pull, 1 << 20)).blocks), 3)
+    without = decoded(pack(gptq.quantize(weights, 3, Moments(hessian, n_tokens=1 << 20)).blocks), 3)
+    assert product_error(with_pull, wanted, wrong) < 0.5 * product_error(without, wanted, wrong)
+
+
+def test_closing_descent_only_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights = inputs(), matrix()
+    moments = Moments(x.T @ x, n_tokens=1 << 20)
+    full = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    monkeypatch.setattr(gptq, "_SWEEPS", 0)
+    plain = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    wanted = x @ weights.T
+    assert product_error(full, wanted, x) < product_error(plain, wanted, x)
+
+
+@pytest.mark.parametrize(
+    "hessian",
+    [
+        torch.zeros(N, N),
+        torch.ones(N, N),
+        torch.diag(torch.cat([torch.zeros(N // 2), torch.ones(N // 2)])),
+        1e12 * torch.eye(N),
+        torch.diag(torch.logspace(-12, 12, N)),
+    ],
+    ids=["zero", "rank one", "dead columns", "large", "ill-conditioned"],
+)
+def test_degenerate_hessians(hessian: torch.Tensor) -> None:
+    weights = matrix()
+    data = pack(gptq.quantize(weights, 3, Moments(hessian)).blocks)
+    validate(3, data)
+    # no direction may run away: each weight stays near what it was
+    assert float((decoded(data, 3) - weights).abs().max()) < float(weights.abs().max())
+
+
+def test_same_input_same_blocks() -> None:
+    x, weights = inputs(), matrix()
+    first, second = (pack(gptq.quantize(weights, 2, Moments(x.T @ x, n_tokens=1 << 20)).blocks) for _ in range(2))
+    assert (first == second).all()
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    x, weights = inputs(), matrix()
+    moments = Moments(x.T @ x, n_tokens=1 << 20)
+    whole = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    part = pack(gptq.quantize(weights[:8], 2, moments).blocks).reshape(8, -1)
+    alone = torch.from_numpy(unpack(2, part.reshape(-1, BYTES_PER_BLOCK[2])).decode()).view(8, N)
+    # sums run in another order, so a few weights on the edge between two codes may differ
+    assert float((whole[:8] != alone).float().mean()) < 0.05

@@ -1,0 +1,227 @@
+"""Importance matrices: read as llama-quantize reads them, and used as it uses them."""
+
+import subprocess
+from pathlib import Path
+
+import ggml
+import numpy as np
+import pytest
+from checkpoints import llama_quantize, make_checkpoint, to_f16_gguf, tritconv
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader, GGUFWriter
+
+from tritconv.errors import TritError
+from tritconv.format import DEPTHS
+from tritconv.methods.imatrix import read_imatrix
+from tritconv.model_file import read_model_file
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    writer = GGUFWriter(path, "")
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["made up"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _f32(*values: object) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def _matrices(path: Path, qtype: Type) -> dict[str, bytes]:
+    """The bytes of the matrices of the layers."""
+    tensors = GGUFReader(path).tensors
+    return {t.name: t.data.tobytes() for t in tensors if t.tensor_type == qtype and t.name.startswith("blk.")}
+
+
+@pytest.fixture(scope="module")
+def made_by_llama(f16_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imatrix of the tiny Llama."""
+    folder = tmp_path_factory.mktemp("imatrix")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    options = ["-m", f16_gguf, "-f", folder / "text.txt", "-o", folder / "imatrix.gguf", "-c", 64, "-t", 2]
+    command = [str(ggml.tool("llama-imatrix")), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "imatrix.gguf"
+
+
+def test_sums_over_counts(tmp_path: Path) -> None:
+    sums = _f32([1, 2, 3, 4], [10, 20, 30, 40], [5, 0, 7, 8])
+    path = _write(tmp_path / "x.gguf", {"a.weight.in_sum2": sums, "a.weight.counts": _f32([2], [0], [1])})
+    (found,) = read_imatrix(path).items()
+    assert found[0] == "a.weight"
+    assert found[1].dtype == np.float32
+    assert found[1].tolist() == [[0.5, 1, 1.5, 2], [1, 1, 1, 1], [5, 0, 7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({}, "holds no importances"),
+        ({"a.weight": _f32(1)}, "holds no importances"),
+        ({"a.in_sum2": _f32(1, 2)}, "a has sums but no counts"),
+        ({"a.in_sum2": _f32(1, 2, 3), "a.counts": _f32(1, 2)}, "3 sums for 2 counts"),
+        ({"a.in_sum2": _f32(1, 2), "a.counts": np.zeros(0, np.float32)}, "2 sums for 0 counts"),
+        ({"a.in_sum2": _f32(1, np.nan), "a.counts": _f32(1)}, "a: a value is negative or not finite"),
+        ({"a.in_sum2": _f32(1, np.inf), "a.counts": _f32(1)}, "a: a value is negative or not finite"),
+        ({"a.in_sum2": _f32(1, -2), "a.counts": _f32(1)}, "a: a value is negative or not finite"),
+        ({"a.in_sum2": _f32(1, 2), "a.counts": _f32(np.nan)}, "a: a value is negative or not finite"),
+        ({"a.in_sum2": _f32(1, 2).astype(np.float16), "a.counts": _f32(1)}, "the type is F16, not F32"),
+    ],
+)
+def test_damaged(tensors: dict[str, np.ndarray], words: str, tmp_path: Path) -> None:
+    path = _write(tmp_path / "x.gguf", tensors)
+    with pytest.raises(TritError) as caught:
+        read_imatrix(path)
+    assert str(caught.value).startswith(str(path))
+    assert words in str(caught.value)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "x.gguf", {"a.in_sum2": _f32(*range(20)), "a.counts": _f32(3)})
+    data = path.read_bytes()
+    for length in range(0, len(data) - 32, 7):  # the last bytes are padding
+        path.write_bytes(data[:length])
+        with pytest.raises(TritError):
+            read_imatrix(path)
+
+
+def test_not_an_imatrix_file(made_by_llama: Path, f16_gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(TritError, match="no such file"):
+        read_imatrix(tmp_path / "none.gguf")
+    with pytest.raises(TritError, match="not a regular file"):
+        read_imatrix(tmp_path)
+    with pytest.raises(TritError, match="holds no importances"):
+        read_imatrix(f16_gguf)
+
+
+def test_the_old_format_becomes_the_new_one_as_the_message_says(
+    made_by_llama: Path, f16_gguf: Path, tmp_path: Path
+) -> None:
+    imatrix_tool, old, new = str(ggml.tool("llama-imatrix")), tmp_path / "old.dat", tmp_path / "old.gguf"
+    arguments = ["-m", f16_gguf, "--in-file", made_by_llama, "--output-format", "dat", "-o", old]
+    subprocess.run([imatrix_tool, *map(str, arguments)], capture_output=True, check=True)
+    with pytest.raises(TritError, match="no imatrix in GGUF format") as caught:
+        read_imatrix(old)
+    command = str(caught.value).partition("llama-imatrix ")[2].replace("MODEL.gguf", str(f16_gguf)).split()
+    subprocess.run([imatrix_tool, *command], capture_output=True, check=True, cwd=tmp_path)
+    again = read_imatrix(new)
+    for name, importance in read_imatrix(made_by_llama).items():
+        assert np.allclose(again[name], importance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_same_blocks_as_llama_quantize(depth: int, made_by_llama: Path, f16_gguf: Path, tmp_path: Path) -> None:
+    theirs, ours, plain = tmp_path / "theirs.gguf", tmp_path / "ours.gguf", tmp_path / "plain.gguf"
+    done = llama_quantize("--imatrix", made_by_llama, f16_gguf, theirs, f"TRIT{depth}")
+    assert done.returncode == 0, done.stderr
+    done = tritconv("gguf-to-gguf", f16_gguf, "--depth", depth, "-o", ours, "--imatrix", made_by_llama)
+    assert done.returncode == 0, done.stderr
+    assert "without importances" not in done.stdout
+    assert tritconv("gguf-to-gguf", f16_gguf, "--depth", depth, "-o", plain).returncode == 0
+    wanted, got, other = (_matrices(path, Type[f"TRIT{depth}"]) for path in (theirs, ours, plain))
+    assert wanted.keys() == got.keys()
+    assert len(wanted) == 14  # two layers of seven
+    assert all(wanted[name] == got[name] for name in wanted)
+    assert all(got[name] != other[name] for name in got)
+    assert read_model_file(ours).metadata["trit.method"] == "imatrix"
+    assert read_model_file(plain).metadata["trit.method"] == "search"
+
+
+@pytest.fixture(scope="module")
+def experts_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral in F16."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    return to_f16_gguf(make_checkpoint(folder / "tiny", "Mixtral"), folder / "f16.gguf")
+
+
+def _made_up(model: Path, skip: str = "-") -> dict[str, np.ndarray]:
+    """Importances for all matrices of a model but those with `skip` in their name; the second experts saw nothing."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for tensor in GGUFReader(model).tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1 and skip not in tensor.name:
+            n_matrices = int(np.prod(tensor.shape[2:]))
+            counts = np.full((n_matrices, 1), 1000, np.float32)
+            if n_matrices > 1:
+                counts[1] = 0
+            sums = np.exp(2 * rng.standard_normal((n_matrices, int(tensor.shape[0])))).astype(np.float32)
+            tensors[f"{tensor.name}.in_sum2"] = sums * (counts > 0)
+            tensors[f"{tensor.name}.counts"] = counts
+    return tensors
+
+
+def test_experts_have_their_own_importances(experts_gguf: Path, tmp_path: Path) -> None:
+    imatrix = _write(tmp_path / "imatrix.gguf", _made_up(experts_gguf))
+    theirs, ours, plain = tmp_path / "theirs.gguf", tmp_path / "ours.gguf", tmp_path / "plain.gguf"
+    done = llama_quantize("--imatrix", imatrix, experts_gguf, theirs, "TRIT2")
+    assert done.returncode == 0, done.stderr
+    done = tritconv("gguf-to-gguf", experts_gguf, "--depth", 2, "-o", ours, "--imatrix", imatrix)
+    assert done.returncode == 0, done.stderr
+    assert "experts that saw no token, so by plain search: 1 of 4 in blk.0.ffn_" in " ".join(done.stdout.split())
+    assert tritconv("gguf-to-gguf", experts_gguf, "--depth", 2, "-o", plain).returncode == 0
+
+    wanted, got, other = (_matrices(path, Type.TRIT2) for path in (theirs, ours, plain))
+    experts = [name for name in got if "_exps." in name]
+    assert len(experts) == 6  # two layers of gate, up and down
+    assert set(experts) <= wanted.keys()
+    assert all(wanted[name] == got[name] for name in wanted)
+    for name in experts:
+        size = len(got[name]) // 4
+        same = [got[name][i * size : (i + 1) * size] == other[name][i * size : (i + 1) * size] for i in range(4)]
+        assert same == [False, True, False, False]
+
+
+def test_matrices_without_importances_are_named(experts_gguf: Path, tmp_path: Path) -> None:
+    imatrix = _write(tmp_path / "imatrix.gguf", _made_up(experts_gguf, skip="blk.1.attn_v"))
+    ours, plain = tmp_path / "ours.gguf", tmp_path / "plain.gguf"
+    done = tritconv("gguf-to-gguf", experts_gguf, "--depth", 2, "-o", ours, "--imatrix", imatrix)
+    assert done.returncode == 0, done.stderr
+    assert "without importances, so by plain search: blk.1.attn_v.weight" in " ".join(done.stdout.split())
+    assert tritconv("gguf-to-gguf", experts_gguf, "--depth", 2, "-o", plain).returncode == 0
+    got, other = _matrices(ours, Type.TRIT2), _matrices(plain, Type.TRIT2)
+    assert [name for name in got if got[name] == other[name]] == ["blk.1.attn_v.weight"]
+
+
+def test_of_another_model(experts_gguf: Path, f16_gguf: Path, tmp_path: Path) -> None:
+    tensors = _made_up(f16_gguf)
+    tensors["blk.1.ffn_up.weight.in_sum2"] = np.ones((2, 192), np.float32)
+    imatrix = _write(tmp_path / "imatrix.gguf", tensors)
+    out = tmp_path / "out.gguf"
+    done = tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", out, "--imatrix", imatrix)
+    assert done.returncode == 1
+    assert "imatrix.gguf is of another model: it has 1 x 384 importances for blk.1.ffn_up.weight" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imatrix.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "imatrix"), "--method imatrix needs importances: add --imatrix FILE"),
+        (("--method", "search", "--imatrix", "x.gguf"), "--method search does not use --imatrix"),
+        (("--imatrix", "none.gguf"), "none.gguf: no such file"),
+    ],
+)
+def test_options_that_do_not_go_together(options: tuple[str, ...], words: str, f16_gguf: Path, tmp_path: Path) -> None:
+    done = tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", tmp_path / "x.gguf", *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_a_checkpoint_as_from_gguf(checkpoint: Path, f16_gguf: Path, made_by_llama: Path, tmp_path: Path) -> None:
+    from_hf, from_gguf = tmp_path / "hf.gguf", tmp_path / "gguf.gguf"
+    options = ("--depth", 3, "--imatrix", made_by_llama)
+    assert tritconv("hf-to-gguf", checkpoint, *options, "-o", from_hf).returncode == 0
+    assert tritconv("gguf-to-gguf", f16_gguf, *options, "-o", from_gguf).returncode == 0
+    assert _matrices(from_hf, Type.TRIT3) == _matrices(from_gguf, Type.TRIT3)

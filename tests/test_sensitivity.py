@@ -1,0 +1,160 @@
+"""The predicted losses of matrices in types."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+from tritconv import ggml
+from tritconv.calibration.matrices import Matrix, matrices_of
+from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.rows import RowMap
+from tritconv.calibration.sensitivity import CANDIDATES, Losses, measure, open_store
+
+Q, DOWN = Matrix("self_attn.q_proj.weight"), Matrix("mlp.down_proj.weight")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 600, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> LayeredModel:
+    return LayeredModel(checkpoint)
+
+
+def one_to_one(model: LayeredModel) -> dict[str, RowMap]:
+    """A tensor for each parameter of the layers."""
+    maps = {}
+    for index, layer in enumerate(model.layers):
+        by_name: dict[str, list[Matrix]] = {}
+        for matrix in matrices_of(layer):
+            by_name.setdefault(matrix.name, []).append(matrix)
+        for name, matrices in by_name.items():
+            n_rows = [len(matrix.of(layer)) for matrix in matrices]
+            maps[f"blk.{index}.{name}"] = RowMap(
+                [(index, matrix) for matrix in matrices],
+                np.repeat(np.arange(len(matrices), dtype=np.int32), n_rows),
+                np.concatenate([np.arange(n) for n in n_rows]),
+            )
+    return maps
+
+
+def measured(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap] | None = None, seed: int = 0) -> Losses:
+    maps = one_to_one(model) if maps is None else maps
+    return measure(model, maps, tokens, seed, open_store(repr(sorted(maps)), tokens, seed), lambda what: None)
+
+
+def stored(weights: torch.Tensor, qtype: Type) -> torch.Tensor:
+    """What a type makes of weights."""
+    return torch.from_numpy(quants.dequantize(ggml.quantize(weights.numpy(), qtype), qtype))
+
+
+def test_predicts_the_divergence(checkpoint: Path, tokens: torch.Tensor) -> None:
+    model = LayeredModel(checkpoint)
+    predicted = measured(model, tokens)
+    whole = model._model.float()
+
+    def predictions() -> torch.Tensor:
+        with torch.no_grad():
+            return whole(input_ids=tokens).logits.double().log_softmax(dim=-1)
+
+    before = predictions()
+    for index, layer in enumerate(model.layers):
+        for matrix in (Q, DOWN):
+            weights = matrix.of(layer)
+            kept = weights.clone()
+            weights.copy_(stored(weights, Type.TRIT3))
+            divergence = (before.exp() * (before - predictions())).sum(dim=-1).mean()
+            weights.copy_(kept)
+            assert predicted[f"blk.{index}.{matrix}"][Type.TRIT3] == pytest.approx(float(divergence), rel=0.3)
+
+
+def test_more_bits_lose_less(model: LayeredModel, tokens: torch.Tensor) -> None:
+    found = measured(model, tokens)
+    assert found.keys() == one_to_one(model).keys()
+    for losses in found.values():
+        assert tuple(losses) == CANDIDATES
+        assert list(losses.values()) == sorted(losses.values(), reverse=True)
+        assert losses[Type.TRIT2] > 4 * losses[Type.TRIT3] > 16 * losses[Type.TRIT4] > 0
+
+
+def test_a_tensor_has_the_losses_of_its_rows(model: LayeredModel, tokens: torch.Tensor) -> None:
+    whole = one_to_one(model)
+    name = f"blk.1.{Q}"
+    order = whole[name].row[::-1]
+    first, second = (RowMap([(1, Q)], np.zeros(len(rows), np.int32), rows) for rows in np.split(order, [50]))
+    both = RowMap([(1, Q), (1, DOWN)], np.repeat(np.int32([0, 1]), 192), np.tile(np.arange(192), 2))
+    found = measured(model, tokens, {"first": first, "second": second})
+    alone, joined = measured(model, tokens), measured(model, tokens, {"both": both})
+    for qtype in CANDIDATES:
+        assert found["first"][qtype] + found["second"][qtype] == pytest.approx(alone[name][qtype])
+        assert joined["both"][qtype] == pytest.approx(alone[name][qtype] + alone[f"blk.1.{DOWN}"][qtype])
+
+
+def test_experts_without_tokens_count_like_the_others(tmp_path: Path) -> None:
+    model = LayeredModel(make_checkpoint(tmp_path / "mixtral", "Mixtral"))
+    one_word = torch.full((4, 32), 5)  # all tokens are alike, and go to the same two of four experts
+    maps = one_to_one(model)
+    found = measured(model, one_word, maps)
+    for index in range(2):
+        name = f"blk.{index}.mlp.experts.down_proj"
+        experts = [
+            RowMap([place], np.zeros(192, np.int32), np.arange(192, dtype=np.int64)) for place in maps[name].places
+        ]
+        alone = measured(model, one_word, {f"blk.{index}.{number}": expert for number, expert in enumerate(experts)})
+        assert len(alone) == 2
+        total = sum(losses[Type.TRIT2] for losses in alone.values())
+        assert found[name][Type.TRIT2] == pytest.approx(2 * total)
+
+
+def test_a_type_that_cannot_hold_a_matrix_is_no_candidate(model: LayeredModel, tokens: torch.Tensor) -> None:
+    weights = Q.of(model.layers[0])
+    kept = weights.clone()
+    weights[3, :64] = 1e-7  # below the codebook
+    found = measured(model, tokens)
+    weights.copy_(kept)
+    assert tuple(found[f"blk.0.{Q}"]) == (Type.Q8_0,)
+    assert tuple(found[f"blk.1.{Q}"]) == CANDIDATES
+
+
+def test_rows_that_blocks_do_not_fit_are_left_out(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = LayeredModel(make_checkpoint(tmp_path / "odd", intermediate_size=96))
+    found = measured(model, tokens)
+    assert f"blk.0.{DOWN}" not in found
+    assert f"blk.0.{Q}" in found
+
+
+def test_same_seed_same_losses(
+    model: LayeredModel, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for cache, seed in (("a", 1), ("b", 1), ("b", 2)):
+        monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path / cache))
+        found.append(measured(model, tokens, seed=seed))
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_kept_losses_are_used_once_all_are_there(model: LayeredModel, tokens: torch.Tensor) -> None:
+    maps = one_to_one(model)
+    steps: list[str] = []
+    store = open_store("model", tokens, 0)
+    first = measure(model, maps, tokens, 0, store, steps.append)
+    assert steps
+    steps.clear()
+    assert measure(model, maps, tokens, 0, store, steps.append) == first
+    assert not steps
+    (store.folder / "layer-0001.safetensors").unlink()
+    assert measure(model, maps, tokens, 0, store, steps.append) == first
+    assert steps
