@@ -21,11 +21,15 @@ _MAGIC = b"tritrun1"
 Stamp = dict[str, str | int | None]
 
 
+def scored_tokens(n_ctx: int) -> int:
+    """How many tokens of a chunk are scored: its second half."""
+    return n_ctx - 1 - n_ctx // 2
+
+
 def logits_bytes(n_ctx: int, chunks: int, vocabulary: int) -> int:
     """Size of the file in bytes, without the stamp."""
-    scored = n_ctx - 1 - n_ctx // 2
     row = 2 * ((vocabulary + 1) // 2) + 4  # uint16: scale and minimum of the row, then one per token
-    return 20 + chunks * (4 * n_ctx + 2 * scored * row)
+    return 20 + chunks * (4 * n_ctx + 2 * scored_tokens(n_ctx) * row)
 
 
 def make_stamp(base: ModelFile | None, vocabulary: int, text: Path, n_ctx: int, chunks: int | None) -> Stamp:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.filesize import decimal as human_size
+from rich.markup import escape
 from rich.table import Table
 
 from tritconv.console import err, one_line
@@ -86,7 +87,7 @@ class BenchRun:
         for benchmark in benchmarks:
             model = benchmark.model
             table.add_row(
-                model.path.name,
+                escape(one_line(model.path.name)),
                 model.main_type,
                 human_size(model.size),
                 f"{model.bits_per_weight:.2f}",

@@ -1,34 +1,36 @@
 """The `tritrun` command line."""
 
-import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.filesize import decimal as human_size
+from rich.measure import Measurement
+from rich.table import Table
 
 from tritconv.commands import examples, new_app
 from tritconv.console import err, forgive_encodings, note, out
 from tritconv.model_file import read_model_file
 from tritrun import variants
 from tritrun.bench import BenchRun
+from tritrun.charts import as_svg
 from tritrun.chat import Chat, ChatOptions
+from tritrun.compare import compare as run_comparison
+from tritrun.compare import work_folder
+from tritrun.compare_plan import Plan, SpeedSettings
 from tritrun.engine import Engine
-from tritrun.files import write_text_atomically
+from tritrun.files import check_writable, write_text_atomically
 from tritrun.machine import available_memory, physical_cores
+from tritrun.page import as_page
+from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
+from tritrun.versions import version
 
 
 def _versions() -> str:
-    return f"{_version('trit-gguf')} (llama-cpp-python {_version('llama-cpp-python')})"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return f"{version('trit-gguf')} (llama-cpp-python {version('llama-cpp-python')})"
 
 
 app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
@@ -163,3 +165,111 @@ def bench(
         file.check_memory(prompt_tokens, available_memory())
     run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores())
     out.print(run.as_table([run.measure(file) for file in files]))
+
+
+@app.command(
+    epilog=examples(
+        "tritrun compare --base model-F16.gguf --text wiki.test.raw --chunks 24 model-TRIT2.gguf model-TRIT3.gguf",
+        "tritrun compare --base model-F16.gguf --text wiki.test.raw --chunks 24 --html report.html "
+        "--recipe default --calibrate wiki.train.raw calibrated=model-TRIT2.gguf",
+    )
+)
+def compare(
+    base: Annotated[Path, typer.Option(metavar="F16.gguf", help="Model to compare with.", show_default=False)],
+    text: Annotated[Path, typer.Option(metavar="TEXT", help="Text to predict.", show_default=False)],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL.gguf|LABEL=MODEL.gguf...", help="Model files.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Make these of the base with llama-quantize, and compare them too; 'default' stands for "
+            f"{','.join(DEFAULT_RECIPES)}. May be repeated.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Make an importance matrix for the recipes on this text.")
+    ] = None,
+    calibrate_chunks: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Chunks of that text to use.", show_default="all")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Importance matrix for the recipes, if there is one already.")
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Chunks of text to use.", show_default="all")
+    ] = None,
+    ctx: Annotated[
+        int, typer.Option(min=16, max=2**24, metavar="N", help="Tokens per chunk; its second half counts.")
+    ] = 512,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed too.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds of measuring speed, over all files.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the prompt, for speed.")] = 512,
+    answer_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Length of the answer, for speed.")] = 64,
+    threads: ThreadsOption = None,
+    cpu: CpuOption = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Keep what takes long here, and use it again: recipes, logits, figures.",
+            show_default="beside the first output file, else nothing is kept",
+        ),
+    ] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures as JSON; - is stdout.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the chart of divergence and size.")] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Title of the report.", show_default="the base's name")
+    ] = None,
+) -> None:
+    """Compare files of one model with their base: size, perplexity, KL divergence, speed."""
+    variants.force(cpu)
+    recipes = [name.strip() for names in recipe or () for name in names.split(",") if name.strip()]
+    recipes = [peer for name in recipes for peer in (DEFAULT_RECIPES if name == "default" else (name,))]
+    if not models and not recipes:
+        raise typer.BadParameter("nothing to compare with the base: name a model, or use --recipe")
+    if (calibrate or imatrix) and not recipes:
+        raise typer.BadParameter("--calibrate and --imatrix are for the files of --recipe, and there is none")
+    if calibrate and imatrix:
+        raise typer.BadParameter("--calibrate makes an importance matrix, --imatrix brings one: give only one")
+    outputs = [path for path in (html, svg, Path(json) if json and json != "-" else None) if path]
+    for path in outputs:
+        check_writable(path)
+    plan = Plan(
+        base=base,
+        text=text,
+        models=models or [],
+        recipes=list(dict.fromkeys(recipes)),
+        chunks=chunks,
+        ctx=ctx,
+        threads=threads or physical_cores(),
+        calibrate=calibrate,
+        calibrate_chunks=calibrate_chunks,
+        imatrix=imatrix,
+        speed=SpeedSettings(rounds, prompt_tokens, answer_tokens) if speed else None,
+        title=title or "",
+    )
+    with work_folder(work, outputs) as folder:
+        comparison = run_comparison(plan, folder)
+    if json == "-":
+        typer.echo(comparison.as_json(), nl=False)
+    else:
+        _print_whole(comparison.as_table())
+    if json and json != "-":
+        write_text_atomically(Path(json), comparison.as_json())
+    if html:
+        write_text_atomically(html, as_page(comparison))
+    if svg:
+        write_text_atomically(svg, as_svg(comparison))
+
+
+def _print_whole(table: Table) -> None:
+    """Print a wide table; where there is no terminal to fit into, as wide as it is."""
+    console = out
+    if not out.is_terminal:
+        width = Measurement.get(out, out.options.update(max_width=1000), table).maximum
+        console = Console(highlight=False, width=max(width, out.width))
+    console.print(table)

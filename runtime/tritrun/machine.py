@@ -1,13 +1,24 @@
-"""What this process may use of the machine: physical cores and memory, cgroup limits included.
+"""The machine, and what this process may use of it: physical cores and memory, cgroup limits included.
 
 `root` in each function stands for `/`; tests point it at a made-up tree.
 """
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
+
+
+def describe(root: Path = _ROOT) -> dict[str, str | int]:
+    """What a report of speed says of the machine."""
+    return {
+        "cpu": _cpu_name(root) or platform.processor() or "unknown CPU",
+        "cores": physical_cores(root),
+        "architecture": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
 
 
 def physical_cores(root: Path = _ROOT) -> int:
@@ -24,6 +35,14 @@ def available_memory(root: Path = _ROOT) -> int | None:
     """Bytes that can be allocated without swapping, or None where the system does not say."""
     limits = [*_free_system_memory(root), *_free_cgroup_memory(root)]
     return max(0, min(limits)) if limits else None
+
+
+def _cpu_name(root: Path) -> str:
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return ""
 
 
 def _hardware_threads(root: Path, cpu: int) -> str:

@@ -3,22 +3,23 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal as human_size
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tritconv.console import err, note
+from tritconv.console import note
 from tritconv.errors import TritError
 from tritconv.model_file import ModelFile
 from tritrun.base_logits import append_stamp, check_stamp, logits_bytes, make_stamp
+from tritrun.files import scratch_beside
 from tritrun.machine import available_memory
 from tritrun.perplexity_log import Estimate, PerplexityLog
-from tritrun.tools import run_tool
+from tritrun.text_tool import OnStart, ignore_start, run_over_text
 
 _TOOL = "llama-perplexity"
 _MAX_BATCH = 2048
@@ -46,6 +47,15 @@ class Measurement:
     chunks: int
     perplexity: Estimate
     divergence: Divergence | None = None
+
+    @classmethod
+    def from_dict(cls, figures: dict[str, Any]) -> "Measurement":
+        """The reverse of dataclasses.asdict."""
+        figures = figures | {"perplexity": Estimate(**figures["perplexity"])}
+        if divergence := figures["divergence"]:
+            means = {name: Estimate(**divergence[name]) for name in ("base_perplexity", "mean", "same_top")}
+            figures["divergence"] = Divergence(**divergence | means)
+        return cls(**figures)
 
     def as_json(self) -> str:
         """All figures, for machines."""
@@ -85,23 +95,46 @@ class Run:
         Raises:
             TritError: a file is missing or does not match, something does not fit, or the tool fails.
         """
-        self._check(model, base, logits)
-        with _progress() as progress:
-            if base is None and logits is None:
-                log = self._run_tool(progress, model)
-                return self._result(model, log, log.perplexity())
-            try:
-                with self._base_logits(progress, model, base, logits) as file:
-                    log = self._run_tool(progress, model, "--kl-divergence", "--kl-divergence-base", str(file))
-            except OSError as error:
-                raise TritError(f"{error.filename or 'base logits'}: {error.strerror}") from error
-        return self._result(model, log, log.statistics().get("Mean PPL(Q)"), _divergence(log))
-
-    def _check(self, model: ModelFile, base: ModelFile | None, logits: Path | None) -> None:
-        if not self.text.is_file() or not self.text.stat().st_size:
-            raise TritError(f"{self.text}: no such text file, or it is empty")
+        self.check(model, base)
         if logits is not None and base is None and not logits.exists():
             raise TritError(f"{logits}: no such file; give --base to make it")
+        if base is None and logits is None:
+            log = self._run_tool(model)
+            return self._result(model, log, log.perplexity())
+        with self._base_logits(model, base, logits) as file:
+            return self.measure_against(file, model)
+
+    def measure_against(self, logits: Path, model: ModelFile) -> Measurement:
+        """Perplexity of `model` and its divergence from the base model whose logits `write_logits` made.
+
+        Raises:
+            TritError: the tool fails.
+        """
+        log = self._run_tool(model, "--kl-divergence", "--kl-divergence-base", str(logits))
+        return self._result(model, log, log.statistics().get("Mean PPL(Q)"), _divergence(log))
+
+    def write_logits(self, base: ModelFile, file: Path) -> Measurement:
+        """Write the base model's logits, whole and with a stamp or not at all; its perplexity comes with them.
+
+        Raises:
+            TritError: they do not fit on the disk, or the tool fails.
+        """
+        stamp = make_stamp(base, base.vocabulary_size, self.text, self.n_ctx, self.chunks)
+        with scratch_beside(file) as folder:
+            partial = folder / "base-logits"
+            result = self._make_logits(base, partial)
+            append_stamp(partial, stamp)
+            partial.replace(file)
+        return result
+
+    def check(self, model: ModelFile, base: ModelFile | None = None) -> None:
+        """See, as far as headers tell, that `model` can be measured, and compared with `base`.
+
+        Raises:
+            TritError: there is no text, the vocabularies differ, or a model does not fit into memory.
+        """
+        if not self.text.is_file() or not self.text.stat().st_size:
+            raise TritError(f"{self.text}: no such text file, or it is empty")
         if base is not None and base.vocabulary_size != model.vocabulary_size:
             raise TritError(
                 f"{base.path} has a vocabulary of {base.vocabulary_size} tokens, {model.path} one of "
@@ -121,28 +154,24 @@ class Run:
         return Measurement(model.path.name, self.text.name, self.n_ctx, log.chunks, perplexity, divergence)
 
     @contextmanager
-    def _base_logits(
-        self, progress: Progress, model: ModelFile, base: ModelFile | None, kept: Path | None
-    ) -> Iterator[Path]:
+    def _base_logits(self, model: ModelFile, base: ModelFile | None, kept: Path | None) -> Iterator[Path]:
         """The file of the base model's logits: found at `kept`, or made there or in a temporary folder."""
-        stamp = make_stamp(base, model.vocabulary_size, self.text, self.n_ctx, self.chunks)
         if kept is not None and kept.exists():
-            check_stamp(kept, stamp)
+            check_stamp(kept, make_stamp(base, model.vocabulary_size, self.text, self.n_ctx, self.chunks))
             note(f"base logits: taken from {kept} ({human_size(kept.stat().st_size)})")
             yield kept
             return
-        assert base is not None  # _check has seen to it
-        with tempfile.TemporaryDirectory(prefix=".tritrun-", dir=kept.parent if kept else None) as folder:
+        assert base is not None  # measure has seen to it
+        if kept is not None:
+            self.write_logits(base, kept)
+            yield kept
+            return
+        with tempfile.TemporaryDirectory(prefix=".tritrun-") as folder:
             file = Path(folder) / "base-logits"
-            self._make_logits(progress, base, file)
-            if kept is None:
-                yield file
-                return
-            append_stamp(file, stamp)
-            file.replace(kept)
-        yield kept
+            self.write_logits(base, file)
+            yield file
 
-    def _make_logits(self, progress: Progress, base: ModelFile, file: Path) -> None:
+    def _make_logits(self, base: ModelFile, file: Path) -> Measurement:
         def size(chunks: int) -> int:
             return logits_bytes(self.n_ctx, chunks, base.vocabulary_size)
 
@@ -150,43 +179,22 @@ class Run:
             room = shutil.disk_usage(file.parent).free
             if size(chunks) > room:
                 raise TritError(
-                    f"the base logits take {human_size(size(chunks))}, {file.parent} has {human_size(room)} "
-                    "free; lower --chunks, or set TMPDIR or --logits to a larger disk"
+                    f"the base logits take {human_size(size(chunks))}, {file.parent.parent} has {human_size(room)} "
+                    "free; lower --chunks, or put them on a larger disk: TMPDIR, --logits or --work names it"
                 )
             note(f"base logits: {human_size(size(chunks))}")
 
-        log = self._run_tool(progress, base, "--kl-divergence-base", str(file), on_start=check_room)
-        _found(log.perplexity(), log)
+        log = self._run_tool(base, "--kl-divergence-base", str(file), on_start=check_room)
+        result = self._result(base, log, log.perplexity())
         if file.stat().st_size != size(log.chunks):  # the tool does not notice a full disk
-            raise TritError(f"the base logits could not be written whole to {file.parent}; is the disk full?")
+            raise TritError(f"the base logits could not be written whole to {file.parent.parent}; is the disk full?")
+        return result
 
-    def _run_tool(
-        self,
-        progress: Progress,
-        model: ModelFile,
-        *options: str,
-        on_start: Callable[[int], None] = lambda chunks: None,
-    ) -> PerplexityLog:
-        """Run llama-perplexity on `model` with a progress bar; `on_start` gets the number of chunks."""
-        # One chunk at a time: it costs no speed beyond 512 tokens, and each chunk moves the bar.
-        batch = min(self.n_ctx, _MAX_BATCH)
+    def _run_tool(self, model: ModelFile, *options: str, on_start: OnStart = ignore_start) -> PerplexityLog:
+        batch = min(self.n_ctx, _MAX_BATCH)  # one chunk at a time: no slower beyond 512 tokens, and it moves the bar
         arguments = ["-m", model.path, "-f", self.text, "-c", self.n_ctx, "-b", batch, "-t", self.threads]
-        arguments += ["--log-jsonl", *(["--chunks", self.chunks] if self.chunks else []), *options]
-        log = PerplexityLog()
-        task = progress.add_task(model.path.name, total=None, running="")
-
-        def on_line(line: str) -> None:
-            started = log.chunks > 0
-            log.feed(line)
-            if log.chunks and not started:
-                on_start(log.chunks)
-            running = f"PPL {log.running}" if log.running else ""
-            progress.update(task, completed=log.done, total=log.chunks or None, running=running)
-
-        finished = run_tool(_TOOL, [str(argument) for argument in arguments], on_line)
-        if finished.exit_code:
-            raise TritError(f"{_TOOL}: {log.first_error or finished.reason}")
-        return log
+        arguments += ["--chunks", self.chunks] if self.chunks else []
+        return run_over_text(_TOOL, [*map(str, arguments), *options], model.path.name, on_start)
 
 
 def _divergence(log: PerplexityLog) -> Divergence:
@@ -215,16 +223,3 @@ def _found(estimate: Estimate | None, log: PerplexityLog) -> Estimate:
 def _with_error(estimate: Estimate, digits: int) -> str:
     error = "" if estimate.error is None else f" ± {estimate.error:.{digits}f}"
     return f"{estimate.value:.{digits}f}{error}"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[running]}"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )

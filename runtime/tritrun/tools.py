@@ -1,5 +1,6 @@
 """Find and run llama.cpp's own programs, which the patched llama-cpp-python brings along."""
 
+import hashlib
 import importlib.util
 import os
 import signal
@@ -58,6 +59,18 @@ def library_folder() -> Path:
     """
     folder = find_tool("llama-bench").parent
     return folder if any(folder.glob("libggml-base.*")) else folder.parent / "lib"
+
+
+def fingerprint(pattern: str = "lib*") -> str:
+    """SHA-256, in hex, of llama.cpp's libraries whose names match `pattern`.
+
+    Raises:
+        TritError: the libraries are not there.
+    """
+    digest = hashlib.sha256()
+    for library in sorted(library_folder().glob(pattern)):
+        digest.update(library.name.encode() + library.read_bytes())
+    return digest.hexdigest()
 
 
 def run_tool(
