@@ -6,11 +6,12 @@ from math import ceil, floor, log10
 from xml.sax.saxutils import escape
 
 from results import PHASES, Run
+from tritrun.placement import Box, place, text_width
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 440, 300
 _LEFT, _TOP, _RIGHT, _BOTTOM = 48, 40, 20, 46  # margins of a panel
 _TITLE_HEIGHT = 34
-_LETTER_WIDTH, _LABEL_HEIGHT = 6.8, 12
+_FONT_SIZE, _LABEL_HEIGHT = 11, 12
 _RADIUS = {True: 5.0, False: 3.5}  # of ours, of a peer
 
 _LIGHT = {
@@ -40,31 +41,13 @@ def _colours(palette: dict[str, str]) -> str:
 
 
 _STYLE = f"""
-  text {{ font-family: system-ui, sans-serif; font-size: 11px; }}
+  text {{ font-family: system-ui, sans-serif; font-size: {_FONT_SIZE}px; }}
   text.title {{ font-size: 14px; font-weight: 600; }}
   text.panel, text.ours {{ font-weight: 600; }}
   path.thread {{ stroke-opacity: 0.5; }}
   {_colours(_LIGHT)}
   @media (prefers-color-scheme: dark) {{ {_colours(_DARK)} }}
 """
-
-
-@dataclass(frozen=True)
-class _Box:
-    """A rectangle that a label or a point takes."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def overlaps(self, other: "_Box") -> bool:
-        return (
-            self.x < other.x + other.width
-            and other.x < self.x + self.width
-            and self.y < other.y + other.height
-            and other.y < self.y + self.height
-        )
 
 
 @dataclass(frozen=True)
@@ -80,9 +63,9 @@ class _Point:
         return self.name.startswith("TRIT")
 
     @property
-    def box(self) -> _Box:
+    def box(self) -> Box:
         radius = _RADIUS[self.is_ours]
-        return _Box(self.x - radius, self.y - radius, 2 * radius, 2 * radius)
+        return Box(self.x - radius, self.y - radius, 2 * radius, 2 * radius)
 
 
 def draw(title: str, runs: Sequence[Run]) -> str:
@@ -137,32 +120,19 @@ def _panel(run: Run, phase: str) -> Iterable[str]:
     ours = [point for point in points if point.is_ours]
     if len(ours) > 1:
         yield f'<path class="ours thread" d="M{" L".join(f"{point.x:.1f} {point.y:.1f}" for point in ours)}"/>'
-    labels = dict(_labels(points[::-1]))
+    boxes = [(point.box, text_width(point.name, _FONT_SIZE, bold=point.is_ours), _LABEL_HEIGHT) for point in points]
+    places = place(boxes[::-1], Box(_LEFT, _TOP, right + _RIGHT - _LEFT, bottom - _TOP))
+    labels = dict(zip(points[::-1], places, strict=True))
     for point in points:
         kind = "ours" if point.is_ours else "peer"
         yield f'<path class="{kind}" d="M{point.x:.1f} {point.low:.1f}V{point.high:.1f}"/>'
         yield f'<circle class="{kind}" cx="{point.x:.1f}" cy="{point.y:.1f}" r="{_RADIUS[point.is_ours]}"/>'
-        box = labels[point.name]
-        yield f'<text class="{kind}" x="{box.x:.1f}" y="{box.y + _LABEL_HEIGHT - 3:.1f}">{escape(point.name)}</text>'
-
-
-def _labels(points: Sequence[_Point]) -> Iterable[tuple[str, _Box]]:
-    """A place for each point's label: beside it, where nothing else is."""
-    taken = [point.box for point in points]
-    for point in points:
-        width, gap = _LETTER_WIDTH * len(point.name), 8
-        middle = point.y - _LABEL_HEIGHT / 2
-        places = [
-            _Box(point.x + gap, middle, width, _LABEL_HEIGHT),
-            _Box(point.x - gap - width, middle, width, _LABEL_HEIGHT),
-        ]
-        for distance in (14, 26, 38, 50):
-            for x in (point.x - width / 2, point.x + gap / 2, point.x - gap / 2 - width):
-                places.append(_Box(x, middle - distance, width, _LABEL_HEIGHT))
-                places.append(_Box(x, middle + distance, width, _LABEL_HEIGHT))
-        box = min(places, key=lambda place: sum(place.overlaps(other) for other in taken))
-        taken.append(box)
-        yield point.name, box
+        if box := labels[point]:
+            x, anchor = (box.right, "end") if box.right < point.x else (box.x, "start")
+            yield (
+                f'<text class="{kind}" x="{x:.1f}" y="{box.bottom - 3:.1f}" text-anchor="{anchor}">'
+                f"{escape(point.name)}</text>"
+            )
 
 
 def _ticks(largest: float) -> list[float]:

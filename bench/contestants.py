@@ -1,22 +1,19 @@
 """What is measured: the models, the types, and the files of each model in each type."""
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-from programs import ROOT, fingerprint
+from programs import ROOT
 from random_model import Shape, write_random_model
 from tritconv.console import err
 from tritconv.errors import TritError
 from tritconv.model_file import ModelFile, read_model_file
-from tritrun.tools import run_tool
+from tritrun.comparison import contents
+from tritrun.peers import quantize
+from tritrun.tools import fingerprint
 
 _SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-_QUANTIZE = "llama-quantize"
 _LLAMA = Shape("llama", 2048, 8192, layers=8, heads=32, kv_heads=32, vocabulary=32000, tied=False)
 _QWEN2 = Shape("qwen2", 896, 4864, layers=24, heads=14, kv_heads=2, vocabulary=32000, tied=True)
 _QWEN2_FULL = Shape("qwen2", 896, 4864, layers=24, heads=14, kv_heads=2, vocabulary=151936, tied=True)
@@ -43,7 +40,7 @@ def _random(name: str, title: str, shape: Shape) -> Model:
 def _smollm2_base(path: Path) -> None:
     if not _SMOLLM2.is_file():
         raise TritError(f"{_SMOLLM2} is missing: python models/fetch.py SmolLM2-135M-Instruct")
-    _quantize(["--allow-requantize"], _SMOLLM2, path, "F16")
+    quantize(_SMOLLM2, "F16", path, 1, ["--allow-requantize"])
 
 
 _MODELS = (
@@ -131,41 +128,10 @@ def prepare(model: Model, types: Iterable[WeightType], folder: Path, threads: in
                 for outdated in folder.glob(f"{weight_type.name}-*.gguf"):
                     outdated.unlink()
                 pure = ["--pure"] if weight_type.pure else []
-                _quantize([*pure, *options], base, path, weight_type.file_type, threads)
-            contestants.append(_inspect(weight_type, path))
+                quantize(base, weight_type.file_type, path, threads, [*pure, *options])
+            file = read_model_file(path)
+            inside = contents(file)
+            contestants.append(Contestant(weight_type.name, file, inside.layer_bits, inside.layers))
     except OSError as error:
         raise TritError(f"cannot write to {folder}: {error.strerror}; free some space, or see --cache") from error
     return contestants
-
-
-def _quantize(options: list[str], source: Path, target: Path, file_type: str, threads: int = 1) -> None:
-    partial = target.with_name(f".{target.name}.part")
-    what = f"{target.parent.name}: {file_type}"
-    try:
-        with err.status(what) as status:
-
-            def show(line: str) -> None:
-                if step := re.match(r"\[ *(\d+)/ *(\d+)\]", line):
-                    status.update(f"{what}, tensor {step[1]} of {step[2]}")
-
-            arguments = [*options, str(source), str(partial), file_type, str(threads)]
-            finished = run_tool(_QUANTIZE, arguments, show, show)
-        if finished.exit_code:
-            raise TritError(f"{target}: {_QUANTIZE}: {finished.reason}")
-        partial.replace(target)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
-
-
-def _inspect(weight_type: WeightType, path: Path) -> Contestant:
-    file = read_model_file(path)
-    weights: Counter[str] = Counter()
-    n_bytes = 0
-    for tensor in file.tensors:
-        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-            weights[tensor.type.name] += prod(tensor.shape)
-            n_bytes += tensor.n_bytes
-    total = weights.total()
-    contents = {name: count / total for name, count in weights.most_common()}
-    return Contestant(weight_type.name, file, 8 * n_bytes / total, contents)

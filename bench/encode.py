@@ -1,73 +1,63 @@
 #!/usr/bin/env python3
-"""How fast the search quantizes: tritconv's on all cores, and ggml's reference on one, in million weights/s.
+"""How fast matrices become TRIT blocks: tritconv on all cores, and ggml's encoder on one, in million weights/s.
 
-The two are interleaved, so that a change of the machine's speed meets both; median and range are printed.
+tritconv's figure has all that a conversion does with a matrix: it checks the weights, encodes, decodes, measures the
+error. The two are interleaved, so that a change of the machine's speed meets both; median and range are printed.
 """
 
 import argparse
-import ctypes
-import importlib.util
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from tritconv import ggml
+from tritconv.console import out
 from tritconv.convert import Job
 from tritconv.encode import Encoder
-from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK, DEPTHS
+from tritconv.format import DEPTHS
 from tritconv.gguf_types import TRIT_TYPE
+from tritconv.methods import Quantizer
+from tritconv.methods.search import Search
+from tritconv.methods.uniform import Uniform
+from tritconv.plan import Kind, SourceTensor
+from tritconv.workers import Workers
 
-
-def reference(depth: int) -> Callable[[np.ndarray], None]:
-    """ggml's quantize_row_tritN_ref, for float32 (rows, n)."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llama-cpp-python is not installed: make build")
-    library = ctypes.CDLL(str(next((Path(spec.origin).parent / "lib").glob("libggml-base.*"))))
-    function = getattr(library, f"quantize_row_trit{depth}_ref")
-
-    def run(weights: np.ndarray) -> None:
-        out = np.empty(weights.size // BLOCK_SIZE * BYTES_PER_BLOCK[depth], dtype=np.uint8)
-        function(
-            weights.ctypes.data_as(ctypes.c_void_p),
-            out.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_int64(weights.size),
-        )
-
-    return run
+METHODS: dict[str, type[Quantizer]] = {"search": Search, "uniform": Uniform}
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2048, help="rows of 1536 weights (default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="search", help="of tritconv (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8192, help="rows of 1536 weights (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="counted runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=Job.threads, help="for tritconv (default: all cores)")
     options = parser.parse_args()
 
     rng = np.random.default_rng(0)
-    weights = (0.05 * rng.standard_normal((options.rows, 1536))).astype(np.float32)
-    table = Table("type", f"tritconv, {options.threads} threads", "C reference, 1 thread", title="million weights/s")
-    with Encoder(options.threads) as encoder:
+    weights = (0.05 * rng.standard_normal((options.rows, 1536))).astype(np.float16)
+    tensor = SourceTensor("blk.0.ffn_up.weight", weights.shape, Kind.MATRIX, lambda: weights)
+    single = weights.astype(np.float32)
+    table = Table("type", f"{options.method}, {options.threads} threads", "ggml, 1 thread", title="million weights/s")
+    with Workers(options.threads) as workers:
+        encoder = Encoder(METHODS[options.method](), workers)
         for depth in DEPTHS:
-
-            def ours(w: np.ndarray, depth: int = depth) -> None:
-                encoder.encode(w, TRIT_TYPE[depth])
-
-            contestants = (ours, reference(depth))
+            qtype = TRIT_TYPE[depth]
+            contestants = (
+                lambda qtype=qtype: encoder.encode(tensor, weights, qtype),
+                lambda qtype=qtype: ggml.quantize(single, qtype),
+            )
             speeds: list[list[float]] = [[], []]
             for _ in range(options.repeat + 1):  # the first run warms up
                 for run, speed in zip(contestants, speeds, strict=True):
                     start = time.perf_counter()
-                    run(weights)
+                    run()
                     speed.append(weights.size / (time.perf_counter() - start) / 1e6)
             cells = [f"{statistics.median(s[1:]):.1f} ({min(s[1:]):.1f} - {max(s[1:]):.1f})" for s in speeds]
-            table.add_row(f"TRIT{depth}", *cells)
-    Console().print(table)
+            table.add_row(qtype.name, *cells)
+    out.print(table)
 
 
 if __name__ == "__main__":

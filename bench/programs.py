@@ -1,25 +1,14 @@
-"""What identifies llama.cpp's programs and this machine in a report."""
+"""What identifies this checkout and this machine in a report."""
 
-import hashlib
-import platform
 import subprocess
 from pathlib import Path
 
-from tritrun.machine import physical_cores
-from tritrun.tools import library_folder
+from tritrun.machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 
 _WITHOUT_AVX512 = ("x64", "sse42", "sandybridge", "ivybridge", "piledriver", "haswell", "alderlake")
-
-
-def fingerprint(pattern: str = "lib*") -> str:
-    """SHA-256, in hex, of llama.cpp's libraries whose names match `pattern`."""
-    digest = hashlib.sha256()
-    for library in sorted(library_folder().glob(pattern)):
-        digest.update(library.name.encode() + library.read_bytes())
-    return digest.hexdigest()
 
 
 def has_avx512(cpu: str) -> bool:
@@ -34,13 +23,7 @@ def cpu_flags() -> list[str]:
 
 def machine() -> dict[str, object]:
     """This machine, as far as it bears on speed."""
-    return {
-        "cpu": _cpuinfo("model name") or platform.processor(),
-        "cores": physical_cores(),
-        "architecture": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
-        "flags": cpu_flags(),
-    }
+    return describe() | {"flags": cpu_flags()}
 
 
 def commit() -> str:

@@ -5,35 +5,14 @@ within a round, then their median over the rounds.
 """
 
 import json
-import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-PHASES = ("decode", "prompt")
+from tritrun.rounds import PHASES, Spread, spread
+
 REDUCED = 0.9  # of a target is the bar on a CPU without AVX-512
-
-Speeds = dict[str, dict[str, float]]  # type -> phase -> tokens per second
-
-
-class Spread(NamedTuple):
-    """Median and range of several figures."""
-
-    median: float
-    low: float
-    high: float
-
-    def format(self, digits: int) -> str:
-        """As in "38.3 (37.0 - 38.9)"."""
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} - {self.high:.{digits}f})"
-
-
-def spread(figures: Iterable[float]) -> Spread:
-    """Median and range; there must be at least one figure."""
-    figures = list(figures)
-    return Spread(statistics.median(figures), min(figures), max(figures))
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,15 @@ import chart
 import results
 from command import exit_status
 from contestants import DEFAULT_MODELS, MODELS, TYPES, Contestant, prepare
-from programs import BUILD, commit, fingerprint, has_avx512, machine
+from programs import BUILD, commit, has_avx512, machine
 from tritconv.console import note, out
 from tritconv.errors import TritError
 from tritrun import variants
 from tritrun.bench import BenchRun
 from tritrun.files import write_text_atomically
 from tritrun.machine import physical_cores
+from tritrun.rounds import PHASES, run_round
+from tritrun.tools import fingerprint
 
 _STYLES = {results.Verdict.MET: "green", results.Verdict.BAR_MET: "yellow", results.Verdict.MISSED: "red"}
 _QUICK = {
@@ -111,11 +113,7 @@ def measure(run: results.Run, contestants: Sequence[Contestant], rounds: int, re
         number = len(run.rounds)
         date = datetime.datetime.now(datetime.timezone.utc)
         start = time.monotonic()
-        speeds: results.Speeds = {}
-        turn = number % len(contestants)
-        for contestant in [*contestants[turn:], *contestants[:turn]]:
-            result = bench.measure(contestant.file)
-            speeds[contestant.type] = {"decode": result.answer.mean, "prompt": result.prompt.mean}
+        speeds = run_round(bench, {contestant.type: contestant.file for contestant in contestants}, number)
         run.rounds.append({"date": date.isoformat(timespec="seconds"), "speeds": speeds})
         write_text_atomically(report, run.as_json())
         seconds = time.monotonic() - start
@@ -132,7 +130,7 @@ def speed_table(run: results.Run, title: str) -> Table:
     )
     table.add_column("type")
     table.add_column("layers hold")
-    for heading in ("bpw", "file", *results.PHASES):
+    for heading in ("bpw", "file", *PHASES):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, file in run.files.items():
         table.add_row(
@@ -140,7 +138,7 @@ def speed_table(run: results.Run, title: str) -> Table:
             ", ".join(f"{inside} {share:.0%}" for inside, share in file["contents"].items()),
             f"{file['bits_per_weight']:.2f}",
             human_size(file["n_bytes"]),
-            *(run.speed(name, phase).format(1) for phase in results.PHASES),
+            *(run.speed(name, phase).format(1) for phase in PHASES),
             style="bold" if TYPES[name].is_ours else None,
         )
     return table
