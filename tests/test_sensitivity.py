@@ -94,7 +94,7 @@ def test_a_tensor_has_the_losses_of_its_rows(model: LayeredModel, tokens: torch.
     name = f"blk.1.{Q}"
     order = whole[name].row[::-1]
     first, second = (RowMap([(1, Q)], np.zeros(len(rows), np.int32), rows) for rows in np.split(order, [50]))
-    both = RowMap([(1, Q), (1, DOWN)], np.repeat(np.int32([0, 1]), 192), np.tile(np.arange(192), 2))
+    both = RowMap([(1, Q), (1, DOWN)], np.repeat(np.array([0, 1], np.int32), 192), np.tile(np.arange(192), 2))
     found = measured(model, tokens, {"first": first, "second": second})
     alone, joined = measured(model, tokens), measured(model, tokens, {"both": both})
     for qtype in CANDIDATES:
