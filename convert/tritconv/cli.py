@@ -172,7 +172,7 @@ def hf_to_gguf(
     from tritconv import convert, report
 
     size = _size(depth, bpw, target_size)
-    plan = _plan(depth or 2, embed_type, output_type, fallback_type)
+    plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
     calibration = _calibration(method, calibrate, calib_tokens, calib_seq, seed, size)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
@@ -203,7 +203,7 @@ def gguf_to_gguf(
     from tritconv import convert, report
 
     size = _size(depth, bpw, target_size)
-    plan = _plan(depth or 2, embed_type, output_type, fallback_type)
+    plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
     calibration = _calibration(method, calibrate, calib_tokens, calib_seq, seed, size)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
@@ -251,7 +251,13 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _plan(depth: int, embed_type: StorageType, output_type: StorageType | None, fallback_type: StorageType) -> TypePlan:
+_START_DEPTH = 2  # where --bpw or --target-size takes the place of --depth: of matrices that no text reached
+
+
+def _plan(
+    depth: int | None, embed_type: StorageType, output_type: StorageType | None, fallback_type: StorageType
+) -> TypePlan:
+    depth = _START_DEPTH if depth is None else depth
     if depth not in DEPTHS:
         raise TritError(f"--depth {depth} is out of range: choose {min(DEPTHS)} to {max(DEPTHS)}")
     return TypePlan(depth, embed_type.qtype, (output_type or embed_type).qtype, fallback_type.qtype)
