@@ -6,12 +6,15 @@ import ggml
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import depths, weights
 
 from tritconv.codec import Blocks, unpack, validate
 from tritconv.errors import NotFiniteError, RangeError
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritconv.methods.search import quantize
+
+WEIGHTED_DEPTHS = (1, 2)  # few levels: without importances, large weights count for more
 
 
 def search(w: np.ndarray, depth: int, importance: np.ndarray | None = None) -> Blocks:
@@ -24,12 +27,14 @@ def search(w: np.ndarray, depth: int, importance: np.ndarray | None = None) -> B
 @settings(deadline=None)
 @given(weights(), depths)
 def test_rows_do_not_matter(w: np.ndarray, depth: int) -> None:
-    as_rows, as_one_row = quantize(w, depth), quantize(w.reshape(1, -1), depth)
+    """Where importances are given, or are all alike."""
+    alike = np.ones(w.size, np.float32)
+    as_rows, as_one_row = quantize(w, depth, alike[:64]), quantize(w.reshape(1, -1), depth, alike)
     assert np.array_equal(as_rows, as_one_row.reshape(-1, BYTES_PER_BLOCK[depth]))
 
 
 @settings(deadline=None)
-@given(weights(), depths)
+@given(weights(), st.sampled_from([d for d in DEPTHS if d not in WEIGHTED_DEPTHS]))
 def test_equal_importances_are_none(w: np.ndarray, depth: int) -> None:
     assert np.array_equal(quantize(w, depth, np.ones(64, np.float32)), quantize(w, depth))
 
@@ -78,6 +83,21 @@ def _best_by_force(w: np.ndarray, depth: int, importance: np.ndarray) -> float:
     return best
 
 
+@pytest.mark.parametrize("depth", WEIGHTED_DEPTHS)
+def test_large_weights_count_for_more(depth: int) -> None:
+    """Without importances, at few levels: 2 + x^2 / sigma^2, sigma that of the row."""
+    w = (np.random.default_rng(depth).standard_t(4, (20, 64)) * 0.1).astype(np.float32)
+    for row in w[:, None]:
+        own = 2 + row[0] ** 2 / np.float32((row.astype(np.float64) ** 2).mean())
+        assert np.array_equal(quantize(row, depth), quantize(row, depth, own))
+    alike = np.ones(64, np.float32)
+    assert not np.array_equal(quantize(w, depth), quantize(w, depth, alike))
+    # the deviation is the row's: small blocks beside large ones are not weighted as alone
+    long = np.concatenate([w * np.float32(0.05), w], axis=1)
+    sigma2 = np.float32((long[0].astype(np.float64) ** 2).mean())
+    assert np.array_equal(quantize(long[:1], depth), quantize(long[:1], depth, 2 + long[0] ** 2 / sigma2))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_near_the_best_of_all_scales(depth: int, weighted: bool) -> None:
@@ -86,7 +106,7 @@ def test_near_the_best_of_all_scales(depth: int, weighted: bool) -> None:
     for _ in range(6):
         w = (rng.standard_normal((1, 64)) * 0.1 * np.exp(rng.standard_normal((1, 64)))).astype(np.float32)
         q = np.exp(rng.standard_normal(64)).astype(np.float32) if weighted else np.ones(64, np.float32)
-        got = search(w, depth, q if weighted else None)
+        got = search(w, depth, q if weighted or depth in WEIGHTED_DEPTHS else None)
         error = float((((got.decode() - w).astype(np.float64) ** 2) * q).sum())
         best = _best_by_force(w, depth, q)
         assert error >= best * (1 - 1e-6)

@@ -17,11 +17,10 @@ DEPTH_OF_TYPE = {qtype: depth for depth, qtype in TRIT_TYPE.items()}
 def _register(trit_depth: int) -> None:
     class Trit(quants.__Quant, qtype=TRIT_TYPE[trit_depth]):  # type: ignore[call-arg]
         @classmethod
-        def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
+        def quantize_rows(cls, rows: np.ndarray) -> np.ndarray:
             from tritconv.methods import search  # which needs this module first
 
-            # one long row: the encoder prepares itself once a row
-            return search.quantize(blocks.reshape(1, -1), trit_depth).reshape(len(blocks), -1)
+            return search.quantize(rows.astype(np.float32, copy=False), trit_depth)
 
         @classmethod
         def dequantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:

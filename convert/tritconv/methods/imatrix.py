@@ -111,7 +111,7 @@ class Imatrix:
         if self._missing:
             remarks.append(f"without importances, so by plain search: {_listed(self._missing)}")
         if self._unseen:
-            remarks.append(f"experts that saw no token, so by plain search: {_listed(self._unseen)}")
+            remarks.append(f"experts that saw no token, so all columns alike: {_listed(self._unseen)}")
         return remarks
 
 

@@ -1,6 +1,7 @@
-"""The `search` method: per block, the anchor, scale indexes and codes of least (weighted) squared error.
+"""The `search` method: per block, the anchor, scale indexes and codes of least weighted squared error.
 
-It needs no data. The encoder is ggml's, in C: llama-quantize makes the same blocks.
+It needs no data: TRIT1 and TRIT2 weigh the errors of large weights more, as the K-quants do; TRIT3 and TRIT4 weigh all
+alike. The encoder is ggml's, in C: llama-quantize makes the same blocks.
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ def quantize(weights: np.ndarray, depth: int, importance: np.ndarray | None = No
     Args:
         weights: float32 (rows, n), n a multiple of 64.
         depth: trits per weight, 1..4.
-        importance: float32 (n,), the weight of each column's squared errors; None counts all alike.
+        importance: float32 (n,), the weight of each column's squared errors; None leaves it to the type.
 
     Returns:
         uint8 (rows, bytes per row).

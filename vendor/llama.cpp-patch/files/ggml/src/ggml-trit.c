@@ -328,15 +328,36 @@ static bool search_scales(const struct scale_lattice * lat, const float * x, con
     return best < INFINITY;
 }
 
-static void quantize_row(int depth, const float * GGML_RESTRICT x, uint16_t * GGML_RESTRICT words, int64_t k, const float * GGML_RESTRICT weight) {
+// Where there are few levels, the error of a large weight counts for more: 2 + x^2/sigma^2, sigma that of the row.
+// It is for want of an imatrix, as in the K-quants. More levels do better without.
+#define TRIT_WEIGHTED_DEPTH 2
+
+static float mean_square(const float * GGML_RESTRICT x, int64_t k) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < k; ++i) {
+        sum += (double) x[i]*x[i];
+    }
+    return (float) (sum/k);
+}
+
+static void quantize_row(int depth, const float * GGML_RESTRICT x, uint16_t * GGML_RESTRICT words, int64_t k, const float * GGML_RESTRICT imatrix) {
     assert(k % QK_TRIT == 0);
 
     struct scale_lattice lat;
     init_lattice(&lat, depth);
 
+    const float sigma2   = imatrix || depth > TRIT_WEIGHTED_DEPTH ? 0.0f : mean_square(x, k);
+    const bool  weighted = sigma2 > 0.0f && isfinite(sigma2); // a row that is not finite will be refused
+
     for (int64_t ib = 0; ib < k/QK_TRIT; ++ib, x += QK_TRIT, words += n_words[depth]) {
+        float own_weight[QK_TRIT];
+        for (int i = 0; weighted && i < QK_TRIT; ++i) {
+            own_weight[i] = 2.0f + x[i]*x[i]/sigma2;
+        }
+        const float * weight = imatrix ? imatrix + ib*QK_TRIT : weighted ? own_weight : NULL;
+
         struct ggml_trit_block block;
-        if (!search_scales(&lat, x, weight ? weight + ib*QK_TRIT : NULL, block.k)) {
+        if (!search_scales(&lat, x, weight, block.k)) {
             for (int l = 0; l < n_words[depth]; ++l) {
                 words[l] = 1; // not the encoding of any trits
             }
