@@ -10,14 +10,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 #   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
-# Options of vendor/llama.cpp-patch/build.py: `make build CUDA=1`, `make build CPU=native`.
+# Options of vendor/llama.cpp-patch/build.py: `make build CUDA=1`, `make build CUDA=1 CUDA_ARCHITECTURES="80;90"`,
+# `make build CPU=native`. CUDA_ARCHITECTURES is what CMake takes; without it ggml's CMakeLists.txt chooses.
 # CPU=all is what the tests need and what runs anywhere; CPU=native is for this machine alone and compiles less. Name the
 # same one to each goal: the other is another build, and takes the place of the first.
 CPU ?= all
 CUDA ?= 0
+CUDA_ARCHITECTURES ?=
 BUILD_FLAGS ?=
 ifeq ($(CUDA),1)
-BUILD_FLAGS += --cuda
+BUILD_FLAGS += --cuda --cuda-architectures "$(CUDA_ARCHITECTURES)"
 endif
 
 # Options of bench/speed.py.

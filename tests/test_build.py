@@ -402,6 +402,15 @@ def test_all_variants_exclude_native(all_variants: bool, native: str) -> None:
     assert ("-DGGML_BACKEND_DL=ON" in options) == ("-DGGML_CPU_ALL_VARIANTS=ON" in options) == all_variants
 
 
+def test_cuda_architectures() -> None:
+    name = "-DCMAKE_CUDA_ARCHITECTURES"
+    ours = compiling.options(all_variants=True, cuda=True, commit="c", cuda_architectures="80;90")
+    assert f"{name}=80;90" in ours
+    default = compiling.options(all_variants=True, cuda=True, commit="c")
+    assert "-DGGML_CUDA=ON" in default
+    assert not any(option.startswith(name) for option in default)
+
+
 @pytest.mark.parametrize(
     ("output", "line"),
     [

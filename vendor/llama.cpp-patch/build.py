@@ -61,6 +61,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "native: in one for this machine alone, which builds faster (default: %(default)s)",
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA backend too (needs the CUDA toolkit)")
+    parser.add_argument(
+        "--cuda-architectures",
+        default="",
+        metavar="LIST",
+        help="with --cuda: what to compile for, such as 89-real or 80;90 (default: ggml's CMakeLists.txt chooses)",
+    )
     parser.add_argument("--target", action="append", help="build only this target, and do not install; may be repeated")
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--check-patch", action="store_true", help="only check that the series applies; keep nothing")
@@ -107,7 +113,12 @@ def build(options: argparse.Namespace) -> None:
     commit = f"{source.VERSION}+trit"
     work.configure(
         folder / "src" / source.LLAMA_CPP,
-        compiling.options(all_variants=options.cpu == "all", cuda=options.cuda, commit=commit),
+        compiling.options(
+            all_variants=options.cpu == "all",
+            cuda=options.cuda,
+            commit=commit,
+            cuda_architectures=options.cuda_architectures,
+        ),
     )
     work.compile(options.target or compiling.TARGETS, options.jobs)
     if options.target:

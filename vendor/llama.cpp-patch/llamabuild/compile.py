@@ -23,7 +23,7 @@ TARGETS = (*LIBRARIES, *TOOLS, *TESTS)
 PIP_HINT = "pip install cmake ninja"
 
 
-def options(*, all_variants: bool, cuda: bool, commit: str) -> list[str]:
+def options(*, all_variants: bool, cuda: bool, commit: str, cuda_architectures: str = "") -> list[str]:
     """Return CMake's -D arguments.
 
     Args:
@@ -31,6 +31,7 @@ def options(*, all_variants: bool, cuda: bool, commit: str) -> list[str]:
             is loaded; otherwise once, for this machine's instruction sets.
         cuda: build ggml's CUDA backend too.
         commit: what the tools print as their commit.
+        cuda_architectures: what it is compiled for, as CMAKE_CUDA_ARCHITECTURES has it; empty for ggml's own choice.
     """
     origin = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
     values = {
@@ -58,6 +59,8 @@ def options(*, all_variants: bool, cuda: bool, commit: str) -> list[str]:
     }
     if cuda:
         values["CMAKE_INSTALL_RPATH_USE_LINK_PATH"] = "ON"  # to CUDA's own libraries
+        if cuda_architectures:
+            values["CMAKE_CUDA_ARCHITECTURES"] = cuda_architectures
     return [f"-D{name}={value}" for name, value in values.items()]
 
 
