@@ -18,7 +18,7 @@ from tritconv.errors import TritError
 QEMU = "qemu-aarch64"
 
 _CROSS_COMPILER = "aarch64-linux-gnu-gcc"
-_PACKAGES = {_CROSS_COMPILER: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", QEMU: "qemu-user"}
+_PACKAGES = {_CROSS_COMPILER: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", QEMU: "qemu-user", "clang++": "clang"}
 _MACHINES = {"arm": ("aarch64", "arm64"), "x86": ("x86_64", "AMD64")}
 
 _OURS = ROOT / "vendor/llama.cpp-patch/files/ggml/src"

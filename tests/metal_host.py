@@ -1,0 +1,143 @@
+"""Metal kernels as a program for this machine: upstream's sources with the TRIT types, and an emulated GPU."""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ggml
+
+from kernel_programs import GGML, missing_programs
+from llamabuild.compile import PIP_HINT
+from llamabuild.shell import find_tool, run
+
+HERE = Path(__file__).parent / "metal"
+METAL = GGML / "src/ggml-metal"
+SOURCES = ("mul_mv", "mul_mm", "quantize")
+HOST = ("ggml-metal-ops", "ggml-metal-device", "ggml-metal-common", "ggml-metal-fusion", "ggml-metal-tuning")
+
+_INSTANCE = re.compile(r'^template \[\[host_name\("(?P<name>\w+)" *\)\]\]\s*kernel \w+ (?P<function>.+);$', re.M)
+_KERNEL = re.compile(
+    r'^(?:\[\[host_name\("(?P<name>\w+)"\)\]\]\s*)?kernel void (?P<function>\w+)\((?P<parameters>.*?)\)\s*\{',
+    re.M | re.S,
+)
+_CONSTANT = re.compile(
+    r"^constant (?P<type>bool|short) +(?P<name>\w+) *\[\[function_constant\((?P<index>.+)\)\]\];$", re.M
+)
+_VARIABLE = re.compile(r"^constant (?=float \w+ *=)", re.M)
+_ATTRIBUTE = re.compile(r"\[\[(\w+)(\([^\]]*\))?\]\]")
+
+# attributes of parameters that are numbers
+_INDEXES = ("thread_index_in_threadgroup", "thread_index_in_simdgroup", "simdgroup_index_in_threadgroup")
+
+# in ggml-metal-device.m; the only functions there that a new type concerns
+_SUPPORTS = re.compile(
+    r"^static bool ggml_metal_supports_mul_mat_op\(.*?^bool ggml_metal_device_supports_op\(.*?^\}", re.M | re.S
+)
+
+# Contraction would round less often than the reference. What is undefined ends the program.
+_OPTIONS = ("-O1", "-ffp-contract=off", "-fsanitize=undefined", "-fsanitize-trap=undefined", "-w")
+
+
+def unavailable() -> str | None:
+    """Why the program cannot be built here, and what to install; None if it can."""
+    if not METAL.is_dir():
+        return f"{METAL} is missing: make build"
+    return missing_programs(("clang++",))
+
+
+def _is_wanted(name: str) -> bool:
+    return "_trit" in name or name.startswith(("kernel_mul_mm_id_map0", "kernel_mul_mm_id_amax"))
+
+
+def _arguments(parameters: str) -> Iterator[str]:
+    """C++ for a kernel's arguments. Metal numbers the buffers in the order of the parameters."""
+    n_buffers = 0
+    for parameter in re.sub(r"//.*", "", parameters).split(","):
+        attribute = _ATTRIBUTE.search(parameter)
+        declaration = re.sub(r"\b(constant|device|threadgroup)\b", "", _ATTRIBUTE.sub("", parameter))
+        kind = " ".join(declaration.split()[:-1])
+        if attribute is None:
+            place = f"t.buffers[{n_buffers}]"
+            yield f"*({kind[:-1]}*) {place}" if kind.endswith("&") else f"({kind}) {place}"
+            n_buffers += 1
+        elif attribute[1] == "threadgroup":
+            yield "t.threadgroup_memory"
+        elif attribute[1] in (
+            "thread_index_in_threadgroup",
+            "thread_index_in_simdgroup",
+            "simdgroup_index_in_threadgroup",
+        ):
+            yield f"t.{attribute[1]}"
+        else:
+            yield f"position_as<{kind}>::from(t.{attribute[1]})"
+
+
+def translate(source: str) -> str:
+    """Metal as C++: attributes become registrations; of the kernels only those that are wanted are instantiated."""
+    arguments = {m["function"]: ", ".join(_arguments(m["parameters"])) for m in _KERNEL.finditer(source)}
+    functions = {m["name"]: m["function"] for m in _INSTANCE.finditer(source)}
+    templates = {function.partition("<")[0] for function in functions.values()}
+    functions |= {m["name"] or m["function"]: m["function"] for m in _KERNEL.finditer(source)}
+    registrations = [
+        f'static emulator::kernel_registration register_{name}("{name}", [](const emulator::thread_state & t) {{ '
+        f"{function}({arguments[function.partition('<')[0]]}); }});"
+        for name, function in functions.items()
+        if _is_wanted(name) and function not in templates
+    ]
+    source = _INSTANCE.sub(lambda m: "template" + m[0].partition("]]")[2] if _is_wanted(m["name"]) else "", source)
+    source = _CONSTANT.sub(
+        r"static \g<type> \g<name>; "
+        r"static emulator::function_constant_registration register_\g<name>(\g<index>, &\g<name>);",
+        source,
+    )
+    # Constants are not const here: Metal lets a parameter without const point to them.
+    source = _VARIABLE.sub("static ", source.replace("constexpr constant static", "static"))
+    return "\n".join(["#include <metal_stdlib>", _ATTRIBUTE.sub("", source), *registrations])
+
+
+def embed(folder: Path) -> dict[str, str]:
+    """The sources of the kernels as upstream's CMakeLists.txt embeds them into the library, headers inlined."""
+    cmake, ninja = (find_tool(name, Path(sys.executable), PIP_HINT) for name in ("cmake", "ninja"))
+    options = (f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DGGML_METAL_DIR={METAL}")
+    run([cmake, "-G", "Ninja", "-S", HERE, "-B", folder, *options])
+    run([cmake, "--build", folder, "--target", "sources"])
+    made = folder / "ggml-metal/autogenerated"
+    return {name: (made / f"ggml-metal-embed-{name}.metal").read_text() for name in SOURCES}
+
+
+def _compile(sources: Iterable[Path], folder: Path, options: Iterable[str]) -> list[Path]:
+    def compile_one(source: Path) -> Path:
+        compiler = ("clang",) if source.suffix == ".c" else ("clang++", "-std=c++17")
+        made = folder / f"{source.stem}.o"
+        run([*compiler, *_OPTIONS, *options, "-c", source, "-o", made])
+        return made
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def compile_host(folder: Path) -> list[Path]:
+    """Object files of upstream's code for the host, of the emulator and of the checks."""
+    supports = _SUPPORTS.search((METAL / "ggml-metal-device.m").read_text())
+    assert supports is not None
+    headers = ("device.h", "ggml-impl.h", "ggml-metal-impl.h", "ggml-metal-common.h")
+    supports_op = folder / "supports_op.c"
+    supports_op.write_text("".join(f'#include "{name}"\n' for name in headers) + supports[0])
+
+    includes = [f"-I{path}" for path in (HERE, METAL, GGML / "src", GGML / "include")]
+    upstream = [METAL / f"{name}.cpp" for name in HOST]
+    return _compile([*upstream, supports_op, HERE / "emulator.cpp", HERE / "check.cpp"], folder, includes)
+
+
+def build(host: Iterable[Path], sources: dict[str, str], folder: Path, options: Iterable[str] = ()) -> Path:
+    """The program of these object files and of kernels in Metal, those compiled with more options."""
+    translated = [folder / f"{name}.cpp" for name in sources]
+    for path, source in zip(translated, sources.values(), strict=True):
+        path.write_text(translate(source))
+    kernels = _compile(translated, folder, ["-DGGML_METAL_EMBED_LIBRARY", f"-I{HERE}", *options])
+    libraries = ggml.folder() / "lib"
+    program = folder / "check"
+    run(["clang++", *host, *kernels, f"-L{libraries}", "-lggml-base", f"-Wl,-rpath,{libraries}", "-o", program])
+    return program
