@@ -79,7 +79,7 @@ def test_json_lines_with_text_and_messages(
     ],
 )
 def test_bad_text(model: LayeredModel, tmp_path: Path, name: str, content: str, reason: str) -> None:
-    options = TextOptions((text_file(tmp_path, name, content),), length=LENGTH)
+    options = TextOptions((text_file(tmp_path, name, content),), 4096, LENGTH)
     with pytest.raises(TritError, match=reason):
         sequences(options, model.tokenizer)
 
@@ -89,7 +89,7 @@ def test_binary_and_missing_text(model: LayeredModel, tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     for path, reason in ((binary, "not UTF-8"), (tmp_path / "nowhere", "cannot read")):
         with pytest.raises(TritError, match=reason):
-            sequences(TextOptions((path,)), model.tokenizer)
+            sequences(TextOptions((path,), 4096), model.tokenizer)
 
 
 def test_layers_give_what_the_model_gives(model: LayeredModel, tokens: torch.Tensor) -> None:

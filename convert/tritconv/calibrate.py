@@ -1,9 +1,9 @@
 """Calibrated conversion: a checkpoint and a text, to blocks for the tensors of a GGUF file."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,13 @@ from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowIndex, RowMap
 from tritconv.calibration.store import LayerStore, digest_of_files
 from tritconv.calibration.text import TextOptions, sequences
+from tritconv.codec import pack, unpack
 from tritconv.console import err, note, one_line
+from tritconv.format import BYTES_PER_BLOCK
 from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.layerwise import Depths, LayerQuantizer
 from tritconv.methods import search
-from tritconv.methods.tune import TuneOptions
+from tritconv.methods.tune import Latent, NormPlace, Tuned, TuneOptions, hold_out, tune
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.workers import Workers
 
@@ -157,6 +159,9 @@ def calibrate(
         model = LayeredModel(origin.folder, origin.gguf_file)
         tokens = sequences(options.text, model.tokenizer)
         rows = ModelRows.find(model, tensors)
+    held_out = tokens[:0]
+    if options.training is not None:
+        tokens, held_out = hold_out(tokens)
     model_digest = digest_of_files(origin.files())
     if options.budget is not None:
         plan = _mixed(model, rows, tokens, model_digest, tensors, plan, options)
@@ -166,27 +171,54 @@ def calibrate(
             "model": model_digest,
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "depths": {f"{number} {matrix}": depth for (number, matrix), depth in depths.items()},
-            "training": options.training and asdict(options.training),
             "precision": model.precision,
             "device": model.device.type,
             "threads": torch.get_num_threads(),
             "versions": [tritconv.__version__, torch.__version__],
         }
     )
-    norms = _norms(model, architecture, tensors) if options.training else {}
-    quantizer = LayerQuantizer(model, depths, store, options.training, norms.keys())
+    quantizer = LayerQuantizer(model, depths, store, keep_offsets=options.training is not None)
     note(f"calibrating on {len(tokens)} sequences of {tokens.shape[1]} tokens, in {model.precision} on {model.device}")
     with _Bar(len(model.layers)) as bar:
-        quantizer.run(tokens, bar)
-    trained = {norms[place]: values for place, values in quantizer.norms.items()}
+        quantizer.run(tokens, bar.on_layer)
+    blocks, trained = quantizer.blocks, dict[str, np.ndarray]()
+    if options.training is not None:
+        norms = _norms(model, architecture, tensors)
+        tuned = _tune(model, quantizer, depths, norms.keys(), (tokens, held_out), options.training)
+        blocks = blocks | {place: pack(found).reshape(len(blocks[place]), -1) for place, found in tuned.blocks.items()}
+        trained = {norms[place]: values.cpu().numpy() for place, values in tuned.norms.items()}
     description = [
         *(file.name for file in options.text.files),
-        f"{len(tokens)} sequences of {tokens.shape[1]} tokens",
+        f"{len(tokens) + len(held_out)} sequences of {tokens.shape[1]} tokens",
         f"seed {options.text.seed}",
         model.precision,
     ]
-    calibrated = Calibrated(options.method, rows, quantizer.blocks, quantizer.remarks)
+    calibrated = Calibrated(options.method, rows, blocks, quantizer.remarks)
     return Calibration(calibrated, plan, trained, description)
+
+
+def _tune(
+    model: LayeredModel,
+    quantizer: LayerQuantizer,
+    depths: Depths,
+    norms: Collection[NormPlace],
+    text: tuple[torch.Tensor, torch.Tensor],
+    options: TuneOptions,
+) -> Tuned:
+    """Train what gptq has made of a model, on a text, and judged by another."""
+    layers = [model.working_copy(index) for index in range(len(model.layers))]
+    for index, layer in enumerate(layers):
+        quantizer.write_into(layer, index)
+    latents = {
+        place: Latent(
+            unpack(depths[place], quantizer.blocks[place].reshape(-1, BYTES_PER_BLOCK[depths[place]])),
+            torch.from_numpy(offset).float().to(model.device),
+        )
+        for place, offset in quantizer.offsets.items()
+        if not place[1].is_expert  # few tokens come to an expert
+    }
+    with _Bar(1) as bar:
+        return tune(model, layers, latents, norms, *text, options, bar.on_step, bar.on_epoch)
 
 
 def _mixed(
@@ -209,7 +241,7 @@ def _mixed(
     return plan.with_types(allocation.types, tensors)
 
 
-def _norms(model: LayeredModel, architecture: str, tensors: Sequence[SourceTensor]) -> dict[tuple[int, str], str]:
+def _norms(model: LayeredModel, architecture: str, tensors: Sequence[SourceTensor]) -> dict[NormPlace, str]:
     """The tensors of the layers' norms, by layer and parameter, where a tensor is what the parameter is.
 
     llama.cpp's converter adds one to some models' norms: those are not trained.
@@ -231,8 +263,7 @@ def _norms(model: LayeredModel, architecture: str, tensors: Sequence[SourceTenso
 class _Bar:
     """Progress on the terminal; losses as lines, wherever the output goes."""
 
-    def __init__(self, n_layers: int) -> None:
-        self._n_layers = n_layers
+    def __init__(self, total: int) -> None:
         self._losses: list[float] = []
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -243,7 +274,7 @@ class _Bar:
             transient=True,
             disable=not err.is_terminal,
         )
-        self._task = self._progress.add_task("", total=n_layers)
+        self._task = self._progress.add_task("", total=total)
 
     def __enter__(self) -> "_Bar":
         self._progress.start()
@@ -252,12 +283,18 @@ class _Bar:
     def __exit__(self, *exc_info: object) -> None:
         self._progress.stop()
 
-    def step(self, layer: int, what: str) -> None:
-        text = f"layer {layer + 1}/{self._n_layers} {one_line(what)}"
+    def on_layer(self, layer: int, what: str) -> None:
+        """As `LayerQuantizer.run` has it; the total is the number of layers."""
+        total = int(self._progress.tasks[self._task].total or 0)
+        text = f"layer {layer + 1}/{total} {one_line(what)}"
         self._progress.update(self._task, completed=layer, description=text)
 
-    def epoch(self, layer: int, epoch: int, held_out_loss: float) -> None:
-        self._losses = [*(self._losses if epoch else []), held_out_loss]
-        self._progress.update(self._task, description=f"layer {layer + 1}/{self._n_layers} epoch {epoch}")
-        best = " (best)" if held_out_loss == min(self._losses) else ""
-        note(f"layer {layer + 1}, epoch {epoch}: held-out loss {held_out_loss:.6g}{best}")
+    def on_step(self, done: int, total: int) -> None:
+        """A step of the training is done."""
+        self._progress.update(self._task, completed=done, total=total, description=f"training, step {done}/{total}")
+
+    def on_epoch(self, epoch: int, loss: float) -> None:
+        """An epoch is over."""
+        self._losses.append(loss)
+        best = " (best)" if loss == min(self._losses) else ""
+        note(f"epoch {epoch}: KL divergence {loss:.4f} on what is held out{best}")

@@ -116,7 +116,14 @@ Calibrate = Annotated[
     ),
 ]
 CalibTokens = Annotated[
-    int, typer.Option("--calib-tokens", min=256, metavar="N", help="Tokens to calibrate on, at most.")
+    int | None,
+    typer.Option(
+        "--calib-tokens",
+        min=256,
+        metavar="N",
+        help="Tokens to calibrate on, at most.",
+        show_default="65536; with --method tune 262144",
+    ),
 ]
 CalibSeq = Annotated[int, typer.Option("--calib-seq", min=16, metavar="N", help="Tokens of a calibration sequence.")]
 Seed = Annotated[
@@ -155,7 +162,7 @@ def hf_to_gguf(
     method: MethodOption = None,
     imatrix: ImatrixOption = None,
     calibrate: Calibrate = None,
-    calib_tokens: CalibTokens = 65536,
+    calib_tokens: CalibTokens = None,
     calib_seq: CalibSeq = 512,
     seed: Seed = 0,
     tensor_depth: TensorDepths = None,
@@ -189,7 +196,7 @@ def gguf_to_gguf(
     method: MethodOption = None,
     imatrix: ImatrixOption = None,
     calibrate: Calibrate = None,
-    calib_tokens: CalibTokens = 65536,
+    calib_tokens: CalibTokens = None,
     calib_seq: CalibSeq = 512,
     seed: Seed = 0,
     tensor_depth: TensorDepths = None,
@@ -290,8 +297,11 @@ def _quantizer(method: Method, imatrix: Path | None) -> "Quantizer":
     return Imatrix(imatrix)
 
 
+_CALIB_TOKENS = {Method.GPTQ: 65536, Method.TUNE: 262144}
+
+
 def _calibration(
-    method: Method, files: list[Path] | None, n_tokens: int, length: int, seed: int, size: "Budget | None"
+    method: Method, files: list[Path] | None, n_tokens: int | None, length: int, seed: int, size: "Budget | None"
 ) -> "CalibrationOptions | None":
     if method not in (Method.GPTQ, Method.TUNE):
         if size is not None:
@@ -307,6 +317,7 @@ def _calibration(
     if missing is not None:
         raise TritError(f"--calibrate {missing}: no such file")
     training = TuneOptions(seed=seed) if method is Method.TUNE else None
+    n_tokens = n_tokens or _CALIB_TOKENS[method]
     return CalibrationOptions(TextOptions(tuple(files), n_tokens, length, seed), training, size)
 
 

@@ -4,9 +4,8 @@ Two models run side by side, a layer at a time: the full-precision one, and the 
 with a layer's inputs already is known to the method that quantizes the layer.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,24 +19,14 @@ from tritconv.codec import Blocks, pack, unpack
 from tritconv.errors import RangeError
 from tritconv.format import BYTES_PER_BLOCK
 from tritconv.methods import gptq, search
-from tritconv.methods.tune import Latent, TuneOptions, tune
 
 _LEAST_TOKENS = 256  # below that, an expert's Hessian says too little about its inputs
-_NORM = "norm:"  # before the names of norms among what was made of a layer
+_OFFSET = "offset:"  # before the name of a matrix, among what was made of a layer
 
 Depths = Mapping[Place, int]  # trits per weight of the matrices to quantize
 
 
-class Progress(Protocol):
-    """Hears how far the work is."""
-
-    def step(self, layer: int, what: str) -> None:
-        """`what` of a layer, counted from 0, begins."""
-        ...
-
-    def epoch(self, layer: int, epoch: int, held_out_loss: float) -> None:
-        """An epoch of a layer's training has ended; epoch 0 is before the first."""
-        ...
+OnLayer = Callable[[int, str], None]  # the number of a layer, and what of it begins
 
 
 class LayerQuantizer:
@@ -45,60 +34,57 @@ class LayerQuantizer:
 
     Attributes:
         blocks: of the matrices quantized so far: uint8 (rows, bytes per row).
-        norms: trained norms, float32, by the number of their layer and their name in it.
+        offsets: float16 (rows, n): of those that gptq quantized, how far their codes before rounding were from them.
+            Kept only where asked for.
         remarks: what the user should know.
     """
 
-    def __init__(
-        self,
-        model: LayeredModel,
-        depths: Depths,
-        store: LayerStore,
-        training: TuneOptions | None = None,
-        norms: Collection[tuple[int, str]] = (),
-    ) -> None:
+    def __init__(self, model: LayeredModel, depths: Depths, store: LayerStore, keep_offsets: bool = False) -> None:
         """Prepare.
 
         Args:
             depths: of the matrices to quantize.
             store: keeps finished layers; those that it has are not quantized again.
-            training: how to train layers after gptq; None leaves that out.
-            norms: the norms to train, by the number of their layer and their name in it.
         """
         self._model = model
         self._depths = depths
         self._store = store
-        self._training = training
-        self._trained_norms = norms
+        self._keep_offsets = keep_offsets
         self.blocks: dict[Place, np.ndarray] = {}
-        self.norms: dict[tuple[int, str], np.ndarray] = {}
+        self.offsets: dict[Place, np.ndarray] = {}
         self.remarks: list[str] = []
 
-    def run(self, tokens: torch.Tensor, progress: Progress) -> None:
+    def run(self, tokens: torch.Tensor, on_layer: OnLayer) -> None:
         """Quantize all layers.
 
         Args:
             tokens: int64 (sequences, length).
         """
-        progress.step(0, "embeddings")
+        on_layer(0, "embeddings")
         quantized_in = full_in = self._model.embed(tokens)
         for index in range(len(self._model.layers)):
             full = self._model.working_copy(index)
             quantized = self._model.working_copy(index)
             full_out = self._model.run_all(index, full, full_in)
             done = self._store.load(index)
-            if done is None:
+            if done is None or (self._keep_offsets and not any(key.startswith(_OFFSET) for key in done)):
                 streams = LayerStreams(self._model, index, quantized, full, quantized_in, full_in, full_out)
-                done = self._quantize_layer(streams, progress)
+                done = self._quantize_layer(streams, on_layer)
                 self._store.save(index, done)
-            self._take_over(index, quantized, done)
+            self._note(index, done)
+            self.write_into(quantized, index)
             quantized_in = self._model.run_all(index, quantized, quantized_in)
             full_in = full_out
 
-    def _quantize_layer(self, streams: LayerStreams, progress: Progress) -> dict[str, np.ndarray]:
-        """Blocks and norms of a layer, by name."""
+    def write_into(self, layer: torch.nn.Module, index: int) -> None:
+        """Give a layer that stands at `index` its quantized weights."""
+        for matrix in matrices_of(layer):
+            if (data := self.blocks.get((index, matrix))) is not None:
+                _set_weights(layer, matrix, data, self._depths[index, matrix])
+
+    def _quantize_layer(self, streams: LayerStreams, on_layer: OnLayer) -> dict[str, np.ndarray]:
+        """Blocks and offsets of a layer, by name."""
         done: dict[str, np.ndarray] = {}
-        trainable: dict[Matrix, Latent] = {}
         layer, index = streams.quantized, streams.index
         wanted = [matrix for matrix in matrices_of(layer) if (index, matrix) in self._depths]
         first = streams.quantized_in[:1].to(self._model.device)
@@ -107,28 +93,13 @@ class LayerQuantizer:
             later = {matrix for members in order[number + 1 :] for matrix in members}
             moments = streams.moments(stage, later)
             for group in self._groups(index, stage):
-                progress.step(index, ", ".join(map(str, group)))
-                for matrix, (data, latent) in self._quantize(streams, group, moments).items():
+                on_layer(index, ", ".join(map(str, group)))
+                for matrix, (data, offset) in self._quantize(streams, group, moments).items():
                     done[str(matrix)] = data
                     _set_weights(layer, matrix, data, self._depths[index, matrix])
-                    if latent is not None and not matrix.is_expert:
-                        trainable[matrix] = Latent(_unpack(data, self._depths[index, matrix]), latent)
-        if self._training is not None:
-            progress.step(index, "training")
-            done |= self._train(streams, trainable, self._training, progress)
+                    if self._keep_offsets and offset is not None:
+                        done[_OFFSET + str(matrix)] = offset.to(torch.float16).cpu().numpy()
         return done
-
-    def _train(
-        self, streams: LayerStreams, latents: Mapping[Matrix, Latent], options: TuneOptions, progress: Progress
-    ) -> dict[str, np.ndarray]:
-        index = streams.index
-        norms = [name for layer, name in self._trained_norms if layer == index]
-        tuned = tune(streams, latents, norms, options, lambda *epoch: progress.epoch(index, *epoch))
-        blocks = {
-            str(matrix): pack(blocks).reshape(len(matrix.of(streams.full)), -1)
-            for matrix, blocks in tuned.blocks.items()
-        }
-        return blocks | {_NORM + name: values.cpu().numpy() for name, values in tuned.norms.items()}
 
     def _groups(self, index: int, stage: Sequence[Matrix]) -> list[list[Matrix]]:
         """Matrices of a stage that are quantized together: of the same input and depth."""
@@ -160,7 +131,7 @@ class LayerQuantizer:
             return self._search(group, weights, depth, one)
         n_rows = [len(values) for values in weights]
         data = np.split(pack(rounded.blocks).reshape(sum(n_rows), -1), np.cumsum(n_rows)[:-1])
-        return dict(zip(group, zip(data, rounded.latent.split(n_rows), strict=True), strict=True))
+        return dict(zip(group, zip(data, rounded.offset.split(n_rows), strict=True), strict=True))
 
     def _search(
         self, group: Sequence[Matrix], weights: Sequence[torch.Tensor], depth: int, moments: Moments
@@ -172,17 +143,13 @@ class LayerQuantizer:
                 found[matrix] = search.quantize(values.cpu().numpy(), depth, importance), None
         return found
 
-    def _take_over(self, index: int, layer: torch.nn.Module, done: Mapping[str, np.ndarray]) -> None:
-        """Note what was made of a layer, and give it to `layer`."""
-        for matrix in matrices_of(layer):
+    def _note(self, index: int, done: Mapping[str, np.ndarray]) -> None:
+        """Take what was made of a layer."""
+        for matrix in matrices_of(self._model.layers[index]):
             if (data := done.get(str(matrix))) is not None:
                 self.blocks[index, matrix] = data
-                _set_weights(layer, matrix, data, self._depths[index, matrix])
-        for key, values in done.items():
-            if key.startswith(_NORM):
-                name = key.removeprefix(_NORM)
-                self.norms[index, name] = values
-                layer.get_parameter(name).detach().copy_(torch.from_numpy(values))
+            if (offset := done.get(_OFFSET + str(matrix))) is not None:
+                self.offsets[index, matrix] = offset
 
 
 def _unpack(data: np.ndarray, depth: int) -> Blocks:

@@ -25,7 +25,7 @@ class TextOptions:
     """
 
     files: tuple[Path, ...]
-    n_tokens: int = 65536
+    n_tokens: int
     length: int = 512
     seed: int = 0
 

@@ -20,10 +20,14 @@ from tritconv.errors import TritError
 from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
 from tritconv.methods import search
 
-# The damping is so many times the mean of the Hessian's diagonal, added to it. The fewer tokens there are for each
-# column, the less the Hessian of this text says about other texts. docs/quality.md has the measurement.
-_DAMPING = 3.0  # times columns over tokens
-_LEAST_DAMPING, _MOST_DAMPING = 0.15, 1.0
+# The damping shrinks the correlations of the inputs: it is so many times the Hessian's own diagonal, added to it. The
+# fewer tokens there are for each column, the less the Hessian of this text says about other texts; and however many
+# there are, other texts are other texts. docs/quality.md has the measurement.
+_DAMPING = 0.2
+_DAMPING_OF_FEW = 3.0  # times columns over tokens
+_MOST_DAMPING = 1.0
+_FLOOR = 0.01  # of the damping, for columns without inputs: times the mean of the diagonal
+_MOST_OFFSET = 0.499  # a code further away than half would be another code
 _INVERTIBLE = 1e3  # more is never needed
 _SWEEPS = 3  # of the closing coordinate descent
 _SCALE_SWEEPS = 2  # of these, how many try other scales too
@@ -34,11 +38,12 @@ class Rounded:
     """A quantized matrix.
 
     Attributes:
-        latent: float32 (rows, n), the codes before rounding: the best place of each weight, all others as they are.
+        offset: float32 (rows, n), how far from its code the best place of each weight is, all others as they are: less
+            than half a code.
     """
 
     blocks: Blocks
-    latent: torch.Tensor
+    offset: torch.Tensor
 
 
 def quantize(weights: torch.Tensor, depth: int, moments: Moments) -> Rounded:
@@ -58,7 +63,7 @@ def quantize(weights: torch.Tensor, depth: int, moments: Moments) -> Rounded:
         target = target + (inverse @ moments.pull.double()).float()
     quantized = _feed_back(target, inverse, depth)
     _descend(quantized, target, hessian)
-    return Rounded(quantized.blocks(), quantized.latent(target, hessian))
+    return Rounded(quantized.blocks(), quantized.offset(target, hessian))
 
 
 class _Quantized:
@@ -83,22 +88,22 @@ class _Quantized:
         scales = self.indexes.transpose(1, 0, 2).reshape(-1, 4)
         return Blocks(self.depth, codes.reshape(-1, BLOCK_SIZE), np.ascontiguousarray(scales))
 
-    def latent(self, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    def offset(self, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         """float32 (rows, n): as `Rounded` has it."""
         gradient = hessian @ (self.values - target)
-        codes = (self.values / self.scales).round_()
         off = gradient.div_(hessian.diagonal()[:, None]).div_(self.scales).neg_()
-        return (codes + off.clamp_(-0.499, 0.499)).T.contiguous()  # it rounds to the code even where that was clamped
+        return off.clamp_(-_MOST_OFFSET, _MOST_OFFSET).T.contiguous()
 
 
 def _damped(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """The Hessian, float32, and its inverse, float64; damped until it is invertible."""
     n = len(moments.hessian)
-    damping = min(max(_DAMPING * n / max(moments.n_tokens, 1), _LEAST_DAMPING), _MOST_DAMPING)
-    mean = moments.hessian.diagonal().mean().clamp(min=1e-20)
+    damping = min(_DAMPING + _DAMPING_OF_FEW * n / max(moments.n_tokens, 1), _MOST_DAMPING)
+    diagonal = moments.hessian.diagonal().double()
+    diagonal = diagonal + _FLOOR * diagonal.mean().clamp(min=1e-20)
     while damping < _INVERTIBLE:
         damped = moments.hessian.double()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().add_(damping * diagonal)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(factor)

@@ -1,31 +1,35 @@
-"""The `tune` method: training a layer, after gptq, towards the output of the full-precision one.
+"""The `tune` method: training all layers together, after gptq, towards the predictions of the full-precision model.
 
 The codes follow latent weights, in units of the scale, through a straight-through estimator: forward the nearest code,
-backward as if there were no rounding (Bengio et al., 2013, arXiv:1308.3432); a layer of the model at a time, as BRECQ
-(Li et al., 2021, arXiv:2102.05426) and EfficientQAT (Chen et al., 2024, arXiv:2407.11062) do. The norms of the layer
-are trained along. Some sequences are held out: of all epochs, the start included, the one that does best on them is
-kept.
+backward as if there were no rounding (Bengio et al., 2013, arXiv:1308.3432). The loss is the KL divergence from the
+full-precision model's predictions, as in LLM-QAT (Liu et al., 2023, arXiv:2305.17888); the norms are trained along. To
+train a layer at a time, towards its own output, gains next to nothing: gptq has matched that already (docs/quality.md).
+Some sequences are held out, from gptq too: of all epochs, the start included, the one that does best on them is kept.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.func import functional_call
+from torch.nn.functional import kl_div
 
-from tritconv.calibration.matrices import Matrix
-from tritconv.calibration.moments import LayerStreams
+from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.rows import Place
 from tritconv.codec import Blocks
 from tritconv.format import BLOCK_SIZE, CODE_MAX, GROUP_SIZE
 
-_HELD_OUT = 8  # one sequence in so many
-_BATCH_TOKENS = 2048
+_HELD_OUT = 16  # one sequence in so many
+_MOST_HELD_OUT = 16  # sequences
+_STEP_TOKENS = 2048
+_LOGITS_TOKENS = 512  # whose predictions are in memory at a time
+
+NormPlace = tuple[int, str]  # the number of a layer, and the name of a norm in it
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How a layer is trained.
+    """How the layers are trained.
 
     Attributes:
         epochs: passes over the calibration text.
@@ -34,93 +38,121 @@ class TuneOptions:
         seed: of the order of the sequences.
     """
 
-    epochs: int = 6
-    code_rate: float = 0.001
+    epochs: int = 2
+    code_rate: float = 0.003
     norm_rate: float = 0.002
     seed: int = 0
 
 
-OnEpoch = Callable[[int, float], None]  # epoch (0: before training), loss on what is held out
+OnStep = Callable[[int, int], None]  # steps done, of so many
+OnEpoch = Callable[[int, float], None]  # epoch (0: before training), KL divergence on what is held out
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A trained layer: blocks of its matrices, and its norms (float32, as the layer has them), by parameter name."""
+    """Trained layers: the blocks of their matrices, and their norms (float32, as the layer has them)."""
 
-    blocks: Mapping[Matrix, Blocks]
-    norms: Mapping[str, torch.Tensor]
+    blocks: Mapping[Place, Blocks]
+    norms: Mapping[NormPlace, torch.Tensor]
 
 
 class Latent:
-    """A matrix in training: codes as real numbers, and the scales that they are multiplied with."""
+    """A matrix in training.
 
-    def __init__(self, blocks: Blocks, codes: torch.Tensor) -> None:
-        """Start at `codes`, float32 (rows, n), which round to those of `blocks`."""
+    Attributes:
+        codes: float32 (rows, n), as real numbers.
+    """
+
+    def __init__(self, blocks: Blocks, offset: torch.Tensor) -> None:
+        """Start at the codes of `blocks` plus `offset`, float32 (rows, n), which rounds to them."""
         self.depth = blocks.depth
         self.code_max = CODE_MAX[blocks.depth]
         self.indexes = blocks.scales
-        scales = torch.from_numpy(blocks.group_scales()).repeat_interleave(GROUP_SIZE, 1)
-        self.scales = scales.view(codes.shape).to(codes.device)
-        self.codes = codes.requires_grad_()
-
-    def nearest(self) -> torch.Tensor:
-        """float32 (rows, n): the codes, as integers."""
-        return self.codes.detach().round().clamp_(-self.code_max, self.code_max)
+        self.codes = offset + torch.from_numpy(blocks.codes).view(offset.shape).to(offset.device)
+        self._scales = torch.from_numpy(blocks.group_scales()).view(-1, 1).to(offset.device)
 
     def weights(self) -> torch.Tensor:
-        """float32 (rows, n): with gradients that pass through the rounding."""
-        return (self.codes + (self.nearest() - self.codes.detach())) * self.scales
+        """float32 (rows, n): the nearest codes, with their scales."""
+        return self.scaled(self._nearest())
+
+    def scaled(self, values: torch.Tensor) -> torch.Tensor:
+        """Float32 (rows, n), times the scales. A gradient of the weights so becomes one of the codes."""
+        return values.view(-1, GROUP_SIZE).mul(self._scales).view(values.shape)
 
     def blocks(self) -> Blocks:
         """The blocks of all rows."""
-        codes = self.nearest().to(torch.int8).cpu().numpy().reshape(-1, BLOCK_SIZE)
+        codes = self._nearest().to(torch.int8).cpu().numpy().reshape(-1, BLOCK_SIZE)
         return Blocks(self.depth, codes, self.indexes)
+
+    def _nearest(self) -> torch.Tensor:
+        return self.codes.round().clamp_(-self.code_max, self.code_max)
 
 
 def tune(
-    streams: LayerStreams,
-    latents: Mapping[Matrix, Latent],
-    norm_names: Iterable[str],
+    model: LayeredModel,
+    layers: Sequence[torch.nn.Module],
+    latents: Mapping[Place, Latent],
+    norms: Collection[NormPlace],
+    tokens: torch.Tensor,
+    held_out: torch.Tensor,
     options: TuneOptions,
+    on_step: OnStep,
     on_epoch: OnEpoch,
 ) -> Tuned:
-    """Train a layer.
+    """Train a model.
 
     Args:
-        streams: the layer, its inputs and the outputs wanted.
-        latents: its matrices, as gptq leaves them.
-        norm_names: the parameters of the layer to train besides.
+        model: in full precision.
+        layers: its layers, as gptq leaves them, on the model's device; they are trained in place.
+        latents: their matrices.
+        norms: the parameters to train besides.
+        tokens: int64 (sequences, length), to train on.
+        held_out: the same, to judge by; gptq should not have seen them.
 
     Returns:
-        The best epoch's layer, which may be the start.
+        The layers of the best epoch, which may be the start.
     """
-    norms = {name: streams.quantized.get_parameter(name).detach().clone().requires_grad_() for name in norm_names}
-    training = _Training(streams, latents, norms)
-    text, held_out = training.split()
+    training = _Training(model, layers, latents, norms)
+    text, unseen = _Text.read(model, tokens), _Text.read(model, held_out)
+    batch = max(1, _STEP_TOKENS // tokens.shape[1])
+    steps = options.epochs * math.ceil(len(tokens) / batch)
     optimizer = torch.optim.Adam(
         [{"params": [latent.codes for latent in latents.values()], "lr": options.code_rate}]
-        + [{"params": [norm], "lr": options.norm_rate * float(norm.detach().abs().mean())} for norm in norms.values()],
+        + [{"params": [norm], "lr": options.norm_rate * float(norm.detach().abs().mean())} for norm in training.norms],
         betas=(0.9, 0.99),
+        fused=True,
     )
-    steps = options.epochs * math.ceil(len(text) / training.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     generator = torch.Generator().manual_seed(options.seed)
 
-    best_loss = training.evaluate(held_out)
+    best_loss = training.evaluate(unseen)
     best = training.result()
     on_epoch(0, best_loss)
+    done = 0
     for epoch in range(1, options.epochs + 1):
-        for numbers in text[torch.randperm(len(text), generator=generator)].split(training.batch):
-            loss = training.loss(numbers)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        for numbers in torch.randperm(len(tokens), generator=generator).split(batch):
+            training.find_gradients(text.some(numbers))
             optimizer.step()
             schedule.step()
-        held_out_loss = training.evaluate(held_out)
-        on_epoch(epoch, held_out_loss)
-        if held_out_loss < best_loss:
-            best_loss, best = held_out_loss, training.result()
+            training.update()
+            done += 1
+            on_step(done, steps)
+        loss = training.evaluate(unseen)
+        on_epoch(epoch, loss)
+        if loss < best_loss:
+            best_loss, best = loss, training.result()
     return best
+
+
+def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split int64 (sequences, length) into what to calibrate on, and what to judge by: few, from all parts of the text.
+
+    A single sequence is both.
+    """
+    numbers = torch.arange(len(tokens))
+    every = min(max(_HELD_OUT, len(tokens) // _MOST_HELD_OUT), len(tokens))
+    mine = numbers % every == every - 1
+    return (tokens[~mine], tokens[mine]) if len(tokens) > 1 else (tokens, tokens)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -129,50 +161,108 @@ def _rate(step: int, steps: int) -> float:
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Sequences, as a model in full precision has them.
+
+    Attributes:
+        first: what its first layer is given, (sequences, length, width), on the CPU.
+        last: what its last layer puts out, the same.
+    """
+
+    first: torch.Tensor
+    last: torch.Tensor
+
+    @staticmethod
+    def read(model: LayeredModel, tokens: torch.Tensor) -> "_Text":
+        """Of int64 (sequences, length)."""
+        first = last = model.embed(tokens)
+        for index in range(len(model.layers)):
+            last = model.run_all(index, model.working_copy(index), last)
+        return _Text(first, last)
+
+    def some(self, numbers: torch.Tensor) -> "_Text":
+        """The sequences of these numbers."""
+        return _Text(self.first[numbers], self.last[numbers])
+
+    def logits(self, model: LayeredModel) -> Iterator[tuple[slice, torch.Tensor]]:
+        """What the model makes of some tokens at a time: which, and float32 (1, tokens, vocabulary)."""
+        flat = self.last.flatten(0, 1)
+        for start in range(0, len(flat), _LOGITS_TOKENS):
+            part = slice(start, start + _LOGITS_TOKENS)
+            with torch.no_grad():  # not around the yield: the caller wants gradients
+                logits = model.logits(flat[None, part])
+            yield part, logits
+
+
 class _Training:
-    """The layer in training, and its loss."""
+    """The layers in training.
+
+    Attributes:
+        norms: the parameters of the layers that are trained as they are.
+    """
 
     def __init__(
-        self, streams: LayerStreams, latents: Mapping[Matrix, Latent], norms: Mapping[str, torch.Tensor]
+        self,
+        model: LayeredModel,
+        layers: Sequence[torch.nn.Module],
+        latents: Mapping[Place, Latent],
+        norms: Collection[NormPlace],
     ) -> None:
-        self._streams = streams
+        self._model = model
+        self._layers = layers
         self._latents = latents
-        self._norms = norms
-        self.batch = max(1, _BATCH_TOKENS // streams.quantized_in.shape[1])
+        self._weights = {(i, matrix): layers[i].get_parameter(matrix.name) for i, matrix in latents}
+        self._norms = {(i, name): layers[i].get_parameter(name) for i, name in norms}
+        self.norms = list(self._norms.values())
+        for parameter in (*self._weights.values(), *self.norms):
+            parameter.requires_grad_()
+        self.update()
 
-    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The numbers of the sequences to train on, and of those held out."""
-        numbers = torch.arange(len(self._streams.quantized_in))
-        held_out = numbers % _HELD_OUT == _HELD_OUT - 1
-        return (numbers[~held_out], numbers[held_out]) if held_out.any() else (numbers, numbers)
+    def update(self) -> None:
+        """Give the layers the weights that the latent ones stand for."""
+        for place, latent in self._latents.items():
+            self._weights[place].data = latent.weights()
 
-    def loss(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Squared error of the layer's output over its square, the mean over the tokens of sequences."""
-        streams, device = self._streams, self._streams.model.device
-        parameters = {matrix.name: latent.weights() for matrix, latent in self._latents.items()} | dict(self._norms)
-        wanted = streams.full_out[numbers].to(device)
-        layer = _WithParameters(streams.quantized, parameters)
-        out = streams.model.run(streams.index, layer, streams.quantized_in[numbers].to(device))
-        return ((out - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)).mean()
+    def find_gradients(self, text: _Text) -> None:
+        """Of the KL divergence, the mean over the tokens of sequences, for codes and norms."""
+        for parameter in (*self._weights.values(), *self.norms):
+            parameter.grad = None
+        out = self._run(text)
+        flat = out.detach().cpu().flatten(0, 1)
+        upstream = torch.empty_like(flat)
+        for part, right in text.logits(self._model):
+            inputs = flat[part].requires_grad_()
+            logits = self._model.logits(inputs[None])
+            gradient = logits.detach().softmax(dim=-1).sub_(right.softmax(dim=-1)).div_(len(flat))
+            (upstream[part],) = torch.autograd.grad(logits, inputs, gradient)
+        out.backward(upstream.view(out.shape).to(out.device))
+        for place, latent in self._latents.items():
+            gradient = self._weights[place].grad
+            assert gradient is not None
+            latent.codes.grad = latent.scaled(gradient)
 
-    def evaluate(self, numbers: torch.Tensor) -> float:
+    def evaluate(self, text: _Text) -> float:
+        """The KL divergence, the mean over the tokens of sequences, in nats."""
+        total = 0.0
+        numbers = torch.arange(len(text.first))
         with torch.no_grad():
-            parts = [(len(part), float(self.loss(part))) for part in numbers.split(self.batch)]
-        return sum(n * loss for n, loss in parts) / len(numbers)
+            for one in map(text.some, numbers.split(1)):
+                flat = self._run(one).cpu().flatten(0, 1)
+                for part, right in one.logits(self._model):
+                    ours = self._model.logits(flat[None, part]).log_softmax(dim=-1)
+                    total += float(kl_div(ours, right.log_softmax(dim=-1), log_target=True, reduction="sum"))
+        return total / text.first[..., 0].numel()
 
     def result(self) -> Tuned:
         return Tuned(
-            {matrix: latent.blocks() for matrix, latent in self._latents.items()},
-            {name: norm.detach().clone() for name, norm in self._norms.items()},
+            {place: latent.blocks() for place, latent in self._latents.items()},
+            {place: norm.detach().clone() for place, norm in self._norms.items()},
         )
 
-
-class _WithParameters:
-    """A layer that is called with other parameters than its own."""
-
-    def __init__(self, layer: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
-        self._layer = layer
-        self._parameters = dict(parameters)
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        return functional_call(self._layer, self._parameters, args, kwargs)
+    def _run(self, text: _Text) -> torch.Tensor:
+        """What the layers in training put out."""
+        hidden = text.first.to(self._model.device)
+        for index, layer in enumerate(self._layers):
+            hidden = self._model.run(index, layer, hidden)
+        return hidden
