@@ -3,7 +3,8 @@
 
 Makes the base without a lattice (dither.py), an importance matrix, files of each method, other types across rows
 (across_rows.py) and as llama-quantize makes them, and runs `tritrun compare` over all. What is there already is not
-made again. Takes about two hours on two cores; --quick uses little text, to see that it works.
+made again. Takes about two hours on two cores; --quick uses little text, to see that it works. With --no-noise, only
+what has 3 bits or so: the lattice of the published weights is one that types of 4 and 5 bits hit almost exactly.
 """
 
 import argparse
@@ -19,17 +20,18 @@ from tritconv.errors import TritError
 from tritrun.tools import find_tool
 
 _METHODS = {
-    "search": ("--depth", "2"),
-    "uniform": ("--depth", "2", "--method", "uniform"),
-    "imatrix": ("--depth", "2", "--imatrix", "imatrix.gguf"),
-    "gptq": ("--depth", "2"),
-    "tune": ("--depth", "2", "--method", "tune"),
+    "TRIT2 search": ("--depth", "2"),
+    "TRIT2 uniform": ("--depth", "2", "--method", "uniform"),
+    "TRIT2 imatrix": ("--depth", "2", "--imatrix", "imatrix.gguf"),
+    "TRIT2 gptq": ("--depth", "2"),
+    "TRIT2 tune": ("--depth", "2", "--method", "tune"),
     "TRIT3 search": ("--depth", "3"),
     "TRIT3 gptq": ("--depth", "3"),
     "TRIT-4bpw gptq": ("--bpw", "4.0"),
 }
 _CALIBRATED = ("gptq", "tune")
 _ACROSS_ROWS = ("Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K")
+_THREE_BITS = ("TRIT2 search", "TRIT2 imatrix", "TRIT2 gptq", "Q3_K", "IQ3_S")
 _BASE = {False: "base", True: "plain"}  # by --no-noise, as dither.py calls them
 
 
@@ -48,18 +50,20 @@ def main() -> None:
         _run(find_tool("llama-imatrix"), "-m", base, "-f", options.calibrate, "-o", imatrix, *chunks)
 
     models: list[str] = []
+    wanted = _THREE_BITS if options.no_noise else (*_METHODS, *_ACROSS_ROWS)
     for label, arguments in _METHODS.items():
-        label = label if label.startswith("TRIT") else f"TRIT2 {label}"
+        if label not in wanted:
+            continue
         target = folder / f"{name}-{label.replace(' ', '-')}.gguf"
         models.append(f"{label}={target}")
         if not target.is_file():
             extra: list[object] = [imatrix if argument == "imatrix.gguf" else argument for argument in arguments]
             if label.split()[-1] in _CALIBRATED:
-                extra += ["--calibrate", options.calibrate, "--calib-tokens", 1024 if options.quick else options.tokens]
+                extra += ["--calibrate", options.calibrate, *(["--calib-tokens", 1024] if options.quick else [])]
             _run("-m", "tritconv", "hf-to-gguf", folder / f"{name}-hf", "-o", target, *extra)
 
     across = folder / f"{name}-across"
-    types = [part for qtype in _ACROSS_ROWS for part in ("--type", qtype)]
+    types = [part for qtype in _ACROSS_ROWS if qtype in wanted for part in ("--type", qtype)]
     if not list(across.glob("*")):
         _run("bench/across_rows.py", "--base", base, "-o", across, *types, "--imatrix", imatrix)
         _run("bench/across_rows.py", "--base", base, "-o", across, "--type", "Q3_K")
@@ -68,7 +72,8 @@ def main() -> None:
     report = folder / f"{name}.json"
     _run(
         *("-m", "tritrun", "compare", "--base", base, "--text", options.text, "--work", folder / f"{name}-work"),
-        *("--chunks", 2 if options.quick else options.chunks, "--recipe", "default", "--imatrix", imatrix),
+        *("--chunks", 2 if options.quick else options.chunks),
+        *([] if options.no_noise else ["--recipe", "default", "--imatrix", imatrix]),
         *("--title", f"SmolLM2-135M-Instruct, {'as published' if options.no_noise else 'lattice removed'}"),
         *("--json", report, "--html", folder / f"{name}.html", "--svg", folder / f"{name}.svg"),
         *(["--no-speed"] if options.quick or options.no_speed else []),
@@ -82,7 +87,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calibrate", type=Path, required=True, metavar="FILE", help="text to calibrate on")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="another text, to evaluate on")
     parser.add_argument("--chunks", type=int, default=24, metavar="N", help="of 512 tokens (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="to calibrate on (default: %(default)s)")
     parser.add_argument("--no-noise", action="store_true", help="the published weights as they are")
     parser.add_argument("--no-speed", action="store_true", help="quality only")
     parser.add_argument("--quick", action="store_true", help="does it work? the figures mean nothing")

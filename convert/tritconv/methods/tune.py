@@ -39,8 +39,8 @@ class TuneOptions:
     """
 
     epochs: int = 2
-    code_rate: float = 0.003
-    norm_rate: float = 0.002
+    code_rate: float = 0.01
+    norm_rate: float = 0.003
     seed: int = 0
 
 
