@@ -5,6 +5,9 @@ llama-quantize stores a matrix in a bigger type where its rows are no multiple o
 each matrix of the layers as one long row, cuts it into rows that hold whole blocks, encodes these with llama.cpp's own
 encoder, and decodes them. The file holds the decoded weights in float16: it is as good as the type would be, not as
 small. Token embeddings and output matrix are Q8_0, as in our files.
+
+Matrix products with float16 weights leave the activations alone, those with quantized weights round them to 8 bits. So
+`--decode FILE` gives a TRIT file the same advantage: its weights as they are, in float16.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from tritconv.methods.imatrix import read_imatrix
 from tritconv.model_file import read_model_file
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.writer import write
+from tritrun.comparison import contents
 
 _NAMES = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -94,12 +98,27 @@ def write_across_rows(
             importance = None if statistics is None else _importance(tensor, statistics, imatrix)
             tensor = _round_trip(tensor, qtype, importance, threads)
         made.append(tensor)
-    _describe(header, qtype, imatrix)
+    block, size = GGML_QUANT_SIZES[qtype]
+    _describe(header, qtype.name, 8 * size / block, imatrix is not None)
+    _write(header, made, target, threads)
+
+
+def write_decoded(source: Path, target: Path, threads: int = 1) -> None:
+    """Write a model with its matrices as they are, in float16; `target` appears when it is whole. Raises TritError."""
+    own = contents(read_model_file(source))
+    header, tensors = open_gguf(source)
+    made = [replace(t, kept_type=GGMLQuantizationType.F16) if t.kind is Kind.MATRIX else t for t in tensors]
+    _describe(header, own.file_type, own.layer_bits, imatrix=False)
+    _write(header, made, target, threads)
+
+
+def _write(header: GGUFWriter, tensors: list[SourceTensor], target: Path, threads: int) -> None:
+    """Write tensors in the types that they have; embeddings and output matrix in Q8_0."""
     q8_0 = GGMLQuantizationType.Q8_0
     with err.status(f"{target.name}") as status:
         write(
             header,
-            made,
+            tensors,
             TypePlan(1, q8_0, q8_0, q8_0),
             target,
             threads,
@@ -144,38 +163,42 @@ def _round_trip(
     return replace(tensor, load=load, kept_type=GGMLQuantizationType.F16)
 
 
-def _describe(header: GGUFWriter, qtype: GGMLQuantizationType, imatrix: Path | None) -> None:
-    block, size = GGML_QUANT_SIZES[qtype]
+def _describe(header: GGUFWriter, name: str, bits_per_weight: float, imatrix: bool) -> None:
     header.add_file_type(LlamaFileType.MOSTLY_F16)
-    header.add_string("bench.across_rows.type", qtype.name)
-    header.add_float32("bench.across_rows.bits_per_weight", 8 * size / block)
-    header.add_bool("bench.across_rows.imatrix", imatrix is not None)
+    header.add_string("bench.across_rows.type", name)
+    header.add_float32("bench.across_rows.bits_per_weight", bits_per_weight)
+    header.add_bool("bench.across_rows.imatrix", imatrix)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, metavar="F16.gguf", required=True)
+    parser.add_argument("--base", type=Path, metavar="F16.gguf", help="of the types")
     parser.add_argument(
         "--type",
         action="append",
         choices=TYPES,
         metavar="TYPE",
-        required=True,
+        default=[],
         help="may be repeated: " + ", ".join(TYPES),
     )
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="of llama-imatrix, in GGUF (default: without)")
+    parser.add_argument(
+        "--decode", action="append", type=Path, metavar="FILE", default=[], help="TRIT file to decode; may be repeated"
+    )
     parser.add_argument("--output", "-o", type=Path, metavar="FOLDER", required=True, help="made where it is missing")
     parser.add_argument("--threads", "-t", type=int, metavar="N", default=Job.threads, help="(default: all cores)")
     options = parser.parse_args(arguments)
     needy = [name for name in options.type if name in _NEEDS_IMATRIX]
     if needy and options.imatrix is None:
         parser.error(f"{needy[0]} does not go without --imatrix")
+    if bool(options.type) != bool(options.base) or not (options.type or options.decode):
+        parser.error("give --base and --type, or --decode")
     return options
 
 
 def make(options: argparse.Namespace) -> None:
-    """Write a file for each type. Raises TritError."""
+    """Write a file for each type, and for each file to decode. Raises TritError."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -184,6 +207,10 @@ def make(options: argparse.Namespace) -> None:
     for name in options.type:
         target = options.output / f"{name}{suffix}-across.gguf"
         write_across_rows(options.base, target, TYPES[name], options.imatrix, options.threads)
+        out.print(f"{target}", soft_wrap=True)
+    for path in options.decode:
+        target = options.output / f"{path.stem}-decoded.gguf"
+        write_decoded(path, target, options.threads)
         out.print(f"{target}", soft_wrap=True)
 
 

@@ -19,17 +19,17 @@ from programs import BUILD, ROOT
 from tritconv.errors import TritError
 from tritrun.tools import find_tool
 
+_CALIBRATE = ("--calibrate", "text")
 _METHODS = {
     "TRIT2 search": ("--depth", "2"),
     "TRIT2 uniform": ("--depth", "2", "--method", "uniform"),
     "TRIT2 imatrix": ("--depth", "2", "--imatrix", "imatrix.gguf"),
-    "TRIT2 gptq": ("--depth", "2"),
-    "TRIT2 tune": ("--depth", "2", "--method", "tune"),
+    "TRIT2 gptq": ("--depth", "2", *_CALIBRATE),
+    "TRIT2 tune": ("--depth", "2", "--method", "tune", *_CALIBRATE),
     "TRIT3 search": ("--depth", "3"),
-    "TRIT3 gptq": ("--depth", "3"),
-    "TRIT-4bpw gptq": ("--bpw", "4.0"),
+    "TRIT3 gptq, all of the text": ("--depth", "3", "--calib-tokens", "1000000", *_CALIBRATE),
+    "TRIT-4bpw gptq": ("--bpw", "4.0", *_CALIBRATE),
 }
-_CALIBRATED = ("gptq", "tune")
 _ACROSS_ROWS = ("Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K")
 _THREE_BITS = ("TRIT2 search", "TRIT2 imatrix", "TRIT2 gptq", "Q3_K", "IQ3_S")
 _BASE = {False: "base", True: "plain"}  # by --no-noise, as dither.py calls them
@@ -54,12 +54,13 @@ def main() -> None:
     for label, arguments in _METHODS.items():
         if label not in wanted:
             continue
-        target = folder / f"{name}-{label.replace(' ', '-')}.gguf"
+        target = folder / f"{name}-{label.replace(',', '').replace(' ', '-')}.gguf"
         models.append(f"{label}={target}")
         if not target.is_file():
-            extra: list[object] = [imatrix if argument == "imatrix.gguf" else argument for argument in arguments]
-            if label.split()[-1] in _CALIBRATED:
-                extra += ["--calibrate", options.calibrate, *(["--calib-tokens", 1024] if options.quick else [])]
+            files = {"imatrix.gguf": imatrix, "text": options.calibrate}
+            extra: list[object] = [files.get(argument, argument) for argument in arguments]
+            if options.quick and "--calibrate" in arguments:
+                extra += ["--calib-tokens", 1024]
             _run("-m", "tritconv", "hf-to-gguf", folder / f"{name}-hf", "-o", target, *extra)
 
     across = folder / f"{name}-across"
@@ -67,6 +68,8 @@ def main() -> None:
     if not list(across.glob("*")):
         _run("bench/across_rows.py", "--base", base, "-o", across, *types, "--imatrix", imatrix)
         _run("bench/across_rows.py", "--base", base, "-o", across, "--type", "Q3_K")
+        decoded = [part for path in sorted(folder.glob(f"{name}-TRIT[23]-gptq*.gguf")) for part in ("--decode", path)]
+        _run("bench/across_rows.py", "-o", across, *decoded)
     models += [str(path) for path in sorted(across.glob("*.gguf"))]
 
     report = folder / f"{name}.json"

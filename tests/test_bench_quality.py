@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import llama_quantize, logits, make_checkpoint, to_f16_gguf
+from checkpoints import llama_quantize, logits, make_checkpoint, to_f16_gguf, tritconv
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from tiny_gguf import write_tiny_model
 
@@ -15,6 +15,7 @@ from command import exit_status
 from tritconv import ggml
 from tritconv.errors import TritError
 from tritconv.model_file import read_model_file
+from tritrun.comparison import contents
 
 Q3_K = GGMLQuantizationType.Q3_K
 
@@ -222,6 +223,21 @@ def test_a_matrix_without_whole_blocks(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base.gguf", hidden=72)
     with pytest.raises(TritError, match=r"base.gguf: blk.0.attn_q.weight has 5184 weights.*Q3_K's block of 256"):
         run(base, tmp_path / "out", "--type", "Q3_K")
+
+
+def test_decoded_files_hold_the_same_weights_in_float16(f16_gguf: Path, tmp_path: Path) -> None:
+    source = tmp_path / "tiny-TRIT3.gguf"
+    done = tritconv("gguf-to-gguf", f16_gguf, "--depth", 3, "-o", source)
+    assert done.returncode == 0, done.stderr
+    across_rows.make(across_rows.parse(["--decode", str(source), "-o", str(tmp_path)]))
+    decoded = tmp_path / "tiny-TRIT3-decoded.gguf"
+    before, after = tensors(source), tensors(decoded)
+    for name, values in before.items():
+        np.testing.assert_allclose(after[name], values, rtol=1e-3, atol=1e-7)
+    about = contents(read_model_file(decoded))
+    assert about.stand_in
+    assert about.layers == {"TRIT3": 1.0}
+    assert about.layer_bits == pytest.approx(5.25)
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
