@@ -126,6 +126,7 @@ CalibTokens = Annotated[
     ),
 ]
 CalibSeq = Annotated[int, typer.Option("--calib-seq", min=16, metavar="N", help="Tokens of a calibration sequence.")]
+Epochs = Annotated[int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the text, with --method tune.")]
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Which parts of the text are taken.")
 ]
@@ -164,6 +165,7 @@ def hf_to_gguf(
     calibrate: Calibrate = None,
     calib_tokens: CalibTokens = None,
     calib_seq: CalibSeq = 512,
+    epochs: Epochs = 2,
     seed: Seed = 0,
     tensor_depth: TensorDepths = None,
     embed_type: EmbedType = StorageType.Q8_0,
@@ -181,7 +183,7 @@ def hf_to_gguf(
     size = _size(depth, bpw, target_size)
     plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, seed, size)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, epochs, seed, size)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
     out.print(report.conversion_report(convert.hf_to_gguf(source, revision, job)))
 
@@ -198,6 +200,7 @@ def gguf_to_gguf(
     calibrate: Calibrate = None,
     calib_tokens: CalibTokens = None,
     calib_seq: CalibSeq = 512,
+    epochs: Epochs = 2,
     seed: Seed = 0,
     tensor_depth: TensorDepths = None,
     embed_type: EmbedType = StorageType.Q8_0,
@@ -212,7 +215,7 @@ def gguf_to_gguf(
     size = _size(depth, bpw, target_size)
     plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, seed, size)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, epochs, seed, size)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
     out.print(report.conversion_report(convert.gguf_to_gguf(source, job)))
 
@@ -301,7 +304,13 @@ _CALIB_TOKENS = {Method.GPTQ: 65536, Method.TUNE: 262144}
 
 
 def _calibration(
-    method: Method, files: list[Path] | None, n_tokens: int | None, length: int, seed: int, size: "Budget | None"
+    method: Method,
+    files: list[Path] | None,
+    n_tokens: int | None,
+    length: int,
+    epochs: int,
+    seed: int,
+    size: "Budget | None",
 ) -> "CalibrationOptions | None":
     if method not in (Method.GPTQ, Method.TUNE):
         if size is not None:
@@ -316,7 +325,7 @@ def _calibration(
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise TritError(f"--calibrate {missing}: no such file")
-    training = TuneOptions(seed=seed) if method is Method.TUNE else None
+    training = TuneOptions(epochs, seed=seed) if method is Method.TUNE else None
     n_tokens = n_tokens or _CALIB_TOKENS[method]
     return CalibrationOptions(TextOptions(tuple(files), n_tokens, length, seed), training, size)
 

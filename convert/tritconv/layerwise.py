@@ -25,7 +25,6 @@ _OFFSET = "offset:"  # before the name of a matrix, among what was made of a lay
 
 Depths = Mapping[Place, int]  # trits per weight of the matrices to quantize
 
-
 OnLayer = Callable[[int, str], None]  # the number of a layer, and what of it begins
 
 

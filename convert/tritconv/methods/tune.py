@@ -38,7 +38,7 @@ class TuneOptions:
         seed: of the order of the sequences.
     """
 
-    epochs: int = 2
+    epochs: int
     code_rate: float = 0.01
     norm_rate: float = 0.003
     seed: int = 0
