@@ -27,7 +27,7 @@ _METHODS = {
     "TRIT2 gptq": ("--depth", "2", *_CALIBRATE),
     "TRIT2 tune": ("--depth", "2", "--method", "tune", *_CALIBRATE),
     "TRIT3 search": ("--depth", "3"),
-    "TRIT3 gptq, all of the text": ("--depth", "3", "--calib-tokens", "1000000", *_CALIBRATE),
+    "TRIT3 gptq, all text": ("--depth", "3", "--calib-tokens", "1000000", *_CALIBRATE),
     "TRIT-4bpw gptq": ("--bpw", "4.0", *_CALIBRATE),
 }
 _ACROSS_ROWS = ("Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K")
@@ -70,7 +70,8 @@ def main() -> None:
         _run("bench/across_rows.py", "--base", base, "-o", across, "--type", "Q3_K")
         decoded = [part for path in sorted(folder.glob(f"{name}-TRIT[23]-gptq*.gguf")) for part in ("--decode", path)]
         _run("bench/across_rows.py", "-o", across, *decoded)
-    models += [str(path) for path in sorted(across.glob("*.gguf"))]
+    for path in sorted(across.glob("*.gguf")):
+        models.append(f"{path.stem.removeprefix(f'{name}-').replace('-', ' ')}={path}")
 
     report = folder / f"{name}.json"
     _run(

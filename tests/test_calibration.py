@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import HIDDEN, make_checkpoint
 
+from tritconv.calibration import own_text
 from tritconv.calibration.matrices import Matrix, Recorder, matrices_of, stages
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import LayerStreams
@@ -55,6 +56,32 @@ def test_sequences_are_seeded_and_start_as_the_tokenizer_wants(model: LayeredMod
     assert torch.equal(first, sequences(options, model.tokenizer))
     other = sequences(TextOptions((file,), 4 * LENGTH, LENGTH, seed=4), model.tokenizer)
     assert not torch.equal(first, other)
+
+
+def test_the_model_goes_on_from_the_text(
+    model: LayeredModel, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_text, "_BATCH", 4)
+
+    def write(cache: str, seed: int = 0, count: int = 10) -> torch.Tensor:
+        monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path / cache))
+        steps: list[int] = []
+        store = own_text.open_store(model, "digest", tokens, seed)
+        written = own_text.write(model, tokens, count, seed, store, lambda done, _: steps.append(done))
+        assert steps == sorted(steps)
+        return written
+
+    first = write("a")
+    assert first.shape == (10, LENGTH)
+    starts = torch.cat([tokens, tokens[:4]])[:, : LENGTH // 2]
+    assert torch.equal(first[:, : LENGTH // 2], starts)
+    assert not torch.equal(first[:4], first[6:]), "the same beginnings should not go on in the same way"
+    assert not (first[:, LENGTH // 2 :] == model.tokenizer.eos_token_id).any()
+    assert not torch.equal(first, write("b", seed=1))
+    for kept in (tmp_path / "a").glob("*/layer-0001*"):  # as if killed after the first batch
+        kept.unlink()
+    assert torch.equal(first, write("a"))
+    assert torch.equal(first[:7], write("c", count=7))
 
 
 def test_json_lines_with_text_and_messages(

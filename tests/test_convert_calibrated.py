@@ -110,6 +110,19 @@ def test_killed_and_started_again(method: str, checkpoint: Path, tmp_path: Path,
     assert target.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("method", ["gptq", "tune"])
+def test_text_that_the_model_writes(method: str, checkpoint: Path, tmp_path: Path, text: Path) -> None:
+    options = ("--depth", 2, "--method", method)
+    convert(checkpoint, tmp_path / "without.gguf", text, *options, cache=tmp_path / "cache")
+    for name in ("a", "b"):
+        convert(checkpoint, tmp_path / f"{name}.gguf", text, *options, "--calib-own", 1000, cache=tmp_path / name)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert (tmp_path / "a.gguf").read_bytes() != (tmp_path / "without.gguf").read_bytes()
+    description = field(tmp_path / "a.gguf", "trit.calibration")
+    assert "16 that the model wrote" in description
+    assert "32 sequences of 64 tokens" in description
+
+
 def test_experts_without_tokens_go_by_the_search(tmp_path: Path, text: Path) -> None:
     source = make_checkpoint(tmp_path / "model", "Mixtral", num_local_experts=4, num_experts_per_tok=1)
     printed = convert(source, tmp_path / "m.gguf", text, "--depth", 2, "--calib-tokens", 256, cache=tmp_path / "cache")

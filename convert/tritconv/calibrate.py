@@ -11,9 +11,8 @@ import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-import tritconv
 from tritconv.allocate import Budget, allocate
-from tritconv.calibration import sensitivity
+from tritconv.calibration import own_text, sensitivity
 from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowIndex, RowMap
@@ -24,7 +23,7 @@ from tritconv.console import err, note, one_line
 from tritconv.format import BYTES_PER_BLOCK
 from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.layerwise import Depths, LayerQuantizer
-from tritconv.methods import search
+from tritconv.methods import gptq, search
 from tritconv.methods.tune import Latent, NormPlace, Tuned, TuneOptions, hold_out, tune
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.workers import Workers
@@ -51,11 +50,13 @@ class CalibrationOptions:
     """What the user asked for.
 
     Attributes:
+        own_tokens: so many more, which the model writes itself.
         training: after gptq; None leaves it at that.
         budget: a size to reach by mixed depth; None leaves the types as planned.
     """
 
     text: TextOptions
+    own_tokens: int = 0
     training: TuneOptions | None = None
     budget: Budget | None = None
 
@@ -163,6 +164,9 @@ def calibrate(
     if options.training is not None:
         tokens, held_out = hold_out(tokens)
     model_digest = digest_of_files(origin.files())
+    n_read = len(tokens) + len(held_out)
+    if options.own_tokens:
+        tokens = torch.cat([tokens, _own_text(model, model_digest, tokens, options)])
     if options.budget is not None:
         plan = _mixed(model, rows, tokens, model_digest, tensors, plan, options)
     depths = rows.depths(plan, tensors)
@@ -171,10 +175,8 @@ def calibrate(
             "model": model_digest,
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "depths": {f"{number} {matrix}": depth for (number, matrix), depth in depths.items()},
-            "precision": model.precision,
-            "device": model.device.type,
-            "threads": torch.get_num_threads(),
-            "versions": [tritconv.__version__, torch.__version__],
+            "method": gptq.VERSION,
+            **model.computed_by,
         }
     )
     quantizer = LayerQuantizer(model, depths, store, keep_offsets=options.training is not None)
@@ -189,12 +191,24 @@ def calibrate(
         trained = {norms[place]: values.cpu().numpy() for place, values in tuned.norms.items()}
     description = [
         *(file.name for file in options.text.files),
-        f"{len(tokens) + len(held_out)} sequences of {tokens.shape[1]} tokens",
+        f"{n_read} sequences of {tokens.shape[1]} tokens",
+        *([f"{len(tokens) + len(held_out) - n_read} that the model wrote"] if options.own_tokens else []),
         f"seed {options.text.seed}",
         model.precision,
     ]
     calibrated = Calibrated(options.method, rows, blocks, quantizer.remarks)
     return Calibration(calibrated, plan, trained, description)
+
+
+def _own_text(
+    model: LayeredModel, model_digest: str, tokens: torch.Tensor, options: CalibrationOptions
+) -> torch.Tensor:
+    """What the model writes, in as long sequences, going on from `tokens`."""
+    seed = options.text.seed
+    store = own_text.open_store(model, model_digest, tokens, seed)
+    count = -(-options.own_tokens // tokens.shape[1])
+    with _Bar(1) as bar:
+        return own_text.write(model, tokens, count, seed, store, bar.on_tokens)
 
 
 def _tune(
@@ -292,6 +306,10 @@ class _Bar:
     def on_step(self, done: int, total: int) -> None:
         """A step of the training is done."""
         self._progress.update(self._task, completed=done, total=total, description=f"training, step {done}/{total}")
+
+    def on_tokens(self, done: int, total: int) -> None:
+        """The model has written so many tokens."""
+        self._progress.update(self._task, completed=done, total=total, description="the model writes text")
 
     def on_epoch(self, epoch: int, loss: float) -> None:
         """An epoch is over."""

@@ -125,6 +125,15 @@ CalibTokens = Annotated[
         show_default="65536; with --method tune 262144",
     ),
 ]
+CalibOwn = Annotated[
+    int,
+    typer.Option(
+        "--calib-own",
+        min=0,
+        metavar="N",
+        help="Tokens to calibrate on besides, which the model writes itself, going on from the text.",
+    ),
+]
 CalibSeq = Annotated[int, typer.Option("--calib-seq", min=16, metavar="N", help="Tokens of a calibration sequence.")]
 Epochs = Annotated[int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the text, with --method tune.")]
 Seed = Annotated[
@@ -164,6 +173,7 @@ def hf_to_gguf(
     imatrix: ImatrixOption = None,
     calibrate: Calibrate = None,
     calib_tokens: CalibTokens = None,
+    calib_own: CalibOwn = 0,
     calib_seq: CalibSeq = 512,
     epochs: Epochs = 2,
     seed: Seed = 0,
@@ -183,7 +193,7 @@ def hf_to_gguf(
     size = _size(depth, bpw, target_size)
     plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, epochs, seed, size)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
     out.print(report.conversion_report(convert.hf_to_gguf(source, revision, job)))
 
@@ -199,6 +209,7 @@ def gguf_to_gguf(
     imatrix: ImatrixOption = None,
     calibrate: Calibrate = None,
     calib_tokens: CalibTokens = None,
+    calib_own: CalibOwn = 0,
     calib_seq: CalibSeq = 512,
     epochs: Epochs = 2,
     seed: Seed = 0,
@@ -215,7 +226,7 @@ def gguf_to_gguf(
     size = _size(depth, bpw, target_size)
     plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_seq, epochs, seed, size)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
     out.print(report.conversion_report(convert.gguf_to_gguf(source, job)))
 
@@ -307,6 +318,7 @@ def _calibration(
     method: Method,
     files: list[Path] | None,
     n_tokens: int | None,
+    own_tokens: int,
     length: int,
     epochs: int,
     seed: int,
@@ -327,7 +339,7 @@ def _calibration(
         raise TritError(f"--calibrate {missing}: no such file")
     training = TuneOptions(epochs, seed=seed) if method is Method.TUNE else None
     n_tokens = n_tokens or _CALIB_TOKENS[method]
-    return CalibrationOptions(TextOptions(tuple(files), n_tokens, length, seed), training, size)
+    return CalibrationOptions(TextOptions(tuple(files), n_tokens, length, seed), own_tokens, training, size)
 
 
 def _job(

@@ -4,7 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import tritconv
 from tritconv.errors import TritError
 
 _BATCH_TOKENS = 2048  # through a layer at a time: enough to keep the cores busy, few enough to keep memory small
@@ -80,6 +81,16 @@ class LayeredModel:
         """The type that products are computed in."""
         return str(self._precision).removeprefix("torch.")
 
+    @property
+    def computed_by(self) -> dict[str, Any]:
+        """All besides a model and its inputs that results depend on, bit by bit: for the names of what is kept."""
+        return {
+            "precision": self.precision,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": [tritconv.__version__, torch.__version__],
+        }
+
     def _find_layers(self, folder: Path) -> tuple[str, Sequence[torch.nn.Module]]:
         count = self._model.config.get_text_config().num_hidden_layers
         lists = [
@@ -140,6 +151,50 @@ class LayeredModel:
         if self._precision is torch.float32:
             return nullcontext()
         return torch.autocast(device or self.device.type, self._precision)
+
+    def go_on(self, prompts: torch.Tensor, length: int, seed: int, on_token: Callable[[], None]) -> torch.Tensor:
+        """What the model writes after prompts, drawn from its own predictions as they are.
+
+        Args:
+            prompts: int64 (sequences, tokens).
+            length: tokens that a sequence has at the end, its prompt included.
+            on_token: called when each sequence has one token more.
+
+        Returns:
+            int64 (sequences, length).
+
+        Raises:
+            TritError: the model cannot do it.
+        """
+        from transformers import GenerationConfig, StoppingCriteria
+
+        class Count(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                on_token()
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        writer = copy.deepcopy(self._model).to(self.device, self._precision)
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            min_length=length,  # a text that ends early is nothing to calibrate on
+            max_length=length,
+            pad_token_id=0,  # never used
+        )
+        ids = prompts.to(self.device)
+        try:
+            with torch.random.fork_rng(), torch.inference_mode():
+                torch.manual_seed(seed)
+                written = writer.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=[Count()]
+                )
+        except Exception as error:  # the library raises whatever its many authors chose
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise TritError(f"the model cannot write text: {reason[0]}: leave out --calib-own") from error
+        return written.cpu().clone()
 
     def working_copy(self, index: int) -> torch.nn.Module:
         """A copy of a layer in float32, on the device."""

@@ -20,6 +20,8 @@ from tritconv.errors import TritError
 from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
 from tritconv.methods import search
 
+VERSION = 2  # of what this makes: what an older one kept is not taken for this one's
+
 # The damping shrinks the correlations of the inputs: it is so many times the Hessian's own diagonal, added to it. The
 # fewer tokens there are for each column, the less the Hessian of this text says about other texts; and however many
 # there are, other texts are other texts. docs/quality.md has the measurement.
