@@ -1,6 +1,5 @@
 """Calibrated conversion: a checkpoint and a text, to blocks for the tensors of a GGUF file."""
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from tritconv.calibration import own_text, sensitivity
 from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowIndex, RowMap
-from tritconv.calibration.store import LayerStore, digest_of_files
+from tritconv.calibration.store import LayerStore, digest_of_files, digest_of_tokens
 from tritconv.calibration.text import TextOptions, sequences
 from tritconv.codec import pack, unpack
 from tritconv.console import err, note, one_line
@@ -173,7 +172,7 @@ def calibrate(
     store = LayerStore(
         {
             "model": model_digest,
-            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "tokens": digest_of_tokens(tokens),
             "depths": {f"{number} {matrix}": depth for (number, matrix), depth in depths.items()},
             "method": gptq.VERSION,
             **model.computed_by,

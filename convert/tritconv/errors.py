@@ -21,3 +21,9 @@ class RangeError(TritError):
         self.block = block
         self.largest = largest
         self.bound = bound
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -4,7 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import tritconv
-from tritconv.errors import TritError
+from tritconv.errors import TritError, first_line
 
 _BATCH_TOKENS = 2048  # through a layer at a time: enough to keep the cores busy, few enough to keep memory small
 
@@ -65,8 +65,7 @@ class LayeredModel:
             self.tokenizer = AutoTokenizer.from_pretrained(**source)
             self._model = AutoModelForCausalLM.from_pretrained(**source, **options).eval()
         except Exception as error:  # the library raises whatever its many authors chose
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise TritError(f"{folder}: transformers cannot load it to calibrate: {reason[0]}") from error
+            raise TritError(f"{folder}: transformers cannot load it to calibrate: {first_line(error)}") from error
         self._model.requires_grad_(False)
         if hasattr(self._model.config, "_experts_implementation"):
             self._model.config._experts_implementation = "eager"  # the others hide the experts' products
@@ -152,49 +151,9 @@ class LayeredModel:
             return nullcontext()
         return torch.autocast(device or self.device.type, self._precision)
 
-    def go_on(self, prompts: torch.Tensor, length: int, seed: int, on_token: Callable[[], None]) -> torch.Tensor:
-        """What the model writes after prompts, drawn from its own predictions as they are.
-
-        Args:
-            prompts: int64 (sequences, tokens).
-            length: tokens that a sequence has at the end, its prompt included.
-            on_token: called when each sequence has one token more.
-
-        Returns:
-            int64 (sequences, length).
-
-        Raises:
-            TritError: the model cannot do it.
-        """
-        from transformers import GenerationConfig, StoppingCriteria
-
-        class Count(StoppingCriteria):
-            def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-                on_token()
-                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-        writer = copy.deepcopy(self._model).to(self.device, self._precision)
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            min_length=length,  # a text that ends early is nothing to calibrate on
-            max_length=length,
-            pad_token_id=0,  # never used
-        )
-        ids = prompts.to(self.device)
-        try:
-            with torch.random.fork_rng(), torch.inference_mode():
-                torch.manual_seed(seed)
-                written = writer.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=[Count()]
-                )
-        except Exception as error:  # the library raises whatever its many authors chose
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise TritError(f"the model cannot write text: {reason[0]}: leave out --calib-own") from error
-        return written.cpu().clone()
+    def whole_copy(self) -> Any:
+        """A copy of the model of the transformers library, in the fast precision, on the device."""
+        return copy.deepcopy(self._model).to(self.device, self._precision)
 
     def working_copy(self, index: int) -> torch.nn.Module:
         """A copy of a layer in float32, on the device."""

@@ -4,13 +4,15 @@ It is of all the kinds that the model knows, where the user's is of one and ther
 et al., 2023, arXiv:2305.17888).
 """
 
-import hashlib
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 
 from tritconv.calibration.model import LayeredModel
-from tritconv.calibration.store import LayerStore
+from tritconv.calibration.store import LayerStore, digest_of_tokens
+from tritconv.errors import TritError, first_line
 
 _VERSION = 1  # of what is written: what an older method kept is not taken for this one's
 _PROMPT = 16  # tokens
@@ -31,7 +33,7 @@ def open_store(model: LayeredModel, model_digest: str, tokens: torch.Tensor, see
             "what": "own text",
             "version": _VERSION,
             "model": model_digest,
-            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "tokens": digest_of_tokens(tokens),
             "seed": seed,
             **model.computed_by,
         }
@@ -51,6 +53,9 @@ def write(
 
     Returns:
         int64 (count, length).
+
+    Raises:
+        TritError: the model cannot do it.
     """
     length = tokens.shape[1]
     prompts = tokens[torch.arange(-(-count // _BATCH) * _BATCH) % len(tokens), : min(_PROMPT, length // 2)]
@@ -62,12 +67,54 @@ def write(
         done += _BATCH
         on_tokens(done, len(prompts) * to_write)
 
+    writer = cache(model.whole_copy)  # not made where nothing is left to write
     batches = []
     for number, some in enumerate(prompts.split(_BATCH)):
         kept = store.load(number)
         if kept is None:
-            kept = {"tokens": model.go_on(some, length, (seed * 65537 + number) % 2**32, on_token).numpy()}
+            kept = {"tokens": _go_on(writer(), some, length, (seed * 65537 + number) % 2**32, on_token).numpy()}
             store.save(number, kept)
         done = (number + 1) * _BATCH * to_write
         batches.append(torch.from_numpy(kept["tokens"]))
     return torch.cat(batches)[:count]
+
+
+def _go_on(writer: Any, prompts: torch.Tensor, length: int, seed: int, on_token: Callable[[], None]) -> torch.Tensor:
+    """Draw what follows prompts from a model's own predictions as they are.
+
+    Args:
+        writer: a model of the transformers library.
+        prompts: int64 (sequences, tokens).
+        length: tokens that a sequence has at the end, its prompt included.
+        on_token: called when each sequence has one token more.
+
+    Returns:
+        int64 (sequences, length).
+    """
+    from transformers import GenerationConfig, StoppingCriteria
+
+    class Count(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            on_token()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        min_length=length,  # a text that ends early is nothing to calibrate on
+        max_length=length,
+        pad_token_id=0,  # never used
+    )
+    ids = prompts.to(writer.device)
+    try:
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            written = writer.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=[Count()]
+            )
+    except Exception as error:  # the library raises whatever its many authors chose
+        raise TritError(f"the model cannot write text: {first_line(error)}: leave out --calib-own") from error
+    return written.cpu().clone()

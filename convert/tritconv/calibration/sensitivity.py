@@ -7,7 +7,6 @@ different rows have nothing to do with each other, so the square is taken row by
 through the layers and one back give x and g of all matrices; memory holds one layer, and the hidden states.
 """
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from tritconv import ggml
 from tritconv.calibration.matrices import Matrix, Recorder, matrices_of
 from tritconv.calibration.model import LayeredModel, batches
 from tritconv.calibration.rows import Place, RowMap
-from tritconv.calibration.store import LayerStore
+from tritconv.calibration.store import LayerStore, digest_of_tokens
 from tritconv.errors import RangeError
 from tritconv.format import BLOCK_SIZE
 from tritconv.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
@@ -46,7 +45,7 @@ def open_store(model: str, tokens: torch.Tensor, seed: int) -> LayerStore:
         model: a digest of its files.
         tokens, seed: as for `measure`.
     """
-    text = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    text = digest_of_tokens(tokens)
     return LayerStore({"what": "sensitivity", "version": _VERSION, "model": model, "tokens": text, "seed": seed})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -36,6 +37,11 @@ def digest_of_files(files: list[Path]) -> str:
                 one.update(part)
         total.update(one.digest())
     return total.hexdigest()
+
+
+def digest_of_tokens(tokens: torch.Tensor) -> str:
+    """SHA-256, in hex, of token ids on the CPU."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 class LayerStore:
