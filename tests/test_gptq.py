@@ -116,3 +116,65 @@ def test_rows_do_not_depend_on_each_other() -> None:
     alone = torch.from_numpy(unpack(2, part.reshape(-1, BYTES_PER_BLOCK[2])).decode()).view(8, N)
     # sums run in another order, so a few weights on the edge between two codes may differ
     assert float((whole[:8] != alone).float().mean()) < 0.05
+
+
+def gradients(n_tokens: int = 4096) -> torch.Tensor:
+    """float32 (tokens, rows): those of neighbours point the same way, and some rows matter more than others."""
+    generator = torch.Generator().manual_seed(5)
+    mixed = torch.randn(n_tokens, ROWS // 4, generator=generator).repeat_interleave(4, dim=1)
+    return (mixed + 0.3 * torch.randn(n_tokens, ROWS, generator=generator)) * torch.logspace(-0.5, 0.5, ROWS)
+
+
+def loss(weights: torch.Tensor, wanted: torch.Tensor, hessian: torch.Tensor, output: torch.Tensor) -> float:
+    """To second order, up to a factor."""
+    error = weights - wanted
+    return float(((output @ error) * (error @ hessian)).sum())
+
+
+def test_rows_make_up_for_each_other() -> None:
+    x, g, weights = inputs(), gradients(), matrix()
+    moments, output = Moments(x.T @ x, n_tokens=1 << 20), g.T @ g
+    blocks = gptq.quantize(weights, 2, moments, [output]).blocks
+    validate(2, pack(blocks))
+    alone = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    ours = decoded(pack(blocks), 2)
+    assert loss(ours, weights, moments.hessian, output) < 0.7 * loss(alone, weights, moments.hessian, output)
+
+
+def test_outputs_that_have_nothing_to_do_with_each_other_change_nothing() -> None:
+    x, weights = inputs(), matrix()
+    moments = Moments(x.T @ x, n_tokens=1 << 20)
+    output = torch.diag(torch.logspace(-3, 3, ROWS))
+    with_output = decoded(pack(gptq.quantize(weights, 2, moments, [output]).blocks), 2)
+    without = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    # sums run in another order, so a few weights on the edge between two codes may differ
+    assert float((with_output != without).float().mean()) < 0.05
+
+
+def test_matrices_together_are_as_each_alone() -> None:
+    x, g, weights = inputs(), gradients(), matrix()
+    moments = Moments(x.T @ x, n_tokens=1 << 20)
+    parts, outputs = weights.split([30, 18]), [g[:, :30].T @ g[:, :30], g[:, 30:].T @ g[:, 30:]]
+    together = decoded(pack(gptq.quantize(weights, 2, moments, outputs).blocks), 2)
+    alone = [
+        gptq.quantize(part, 2, moments, [output]).blocks.decode() for part, output in zip(parts, outputs, strict=True)
+    ]
+    right = torch.from_numpy(np.concatenate([part.reshape(-1, N) for part in alone]))
+    assert float((together != right).float().mean()) < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_few_rows(rows: int) -> None:
+    x, weights = inputs(), matrix()[:rows]
+    output = torch.ones(rows, rows)
+    rounded = gptq.quantize(weights, 2, Moments(x.T @ x), [output])
+    assert rounded.offset.shape == weights.shape
+    validate(2, pack(rounded.blocks))
+
+
+@pytest.mark.parametrize("output", [torch.zeros(ROWS, ROWS), 1e-20 * torch.ones(ROWS, ROWS), 1e12 * torch.eye(ROWS)])
+def test_degenerate_outputs(output: torch.Tensor) -> None:
+    weights = matrix()
+    x = inputs()
+    ours = decoded(pack(gptq.quantize(weights, 3, Moments(x.T @ x), [output]).blocks), 3)
+    assert float((ours - weights).abs().max()) < float(weights.abs().max())

@@ -175,10 +175,11 @@ def calibrate(
             "tokens": digest_of_tokens(tokens),
             "depths": {f"{number} {matrix}": depth for (number, matrix), depth in depths.items()},
             "method": gptq.VERSION,
+            "seed": options.text.seed,
             **model.computed_by,
         }
     )
-    quantizer = LayerQuantizer(model, depths, store, keep_offsets=options.training is not None)
+    quantizer = LayerQuantizer(model, depths, store, options.text.seed, keep_offsets=options.training is not None)
     note(f"calibrating on {len(tokens)} sequences of {tokens.shape[1]} tokens, in {model.precision} on {model.device}")
     with _Bar(len(model.layers)) as bar:
         quantizer.run(tokens, bar.on_layer)

@@ -13,6 +13,7 @@ import torch
 from tritconv.calibration.matrices import Matrix, matrices_of, stages
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import LayerStreams, Moments
+from tritconv.calibration.outputs import OutputMoments
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
 from tritconv.codec import Blocks, pack, unpack
@@ -38,16 +39,20 @@ class LayerQuantizer:
         remarks: what the user should know.
     """
 
-    def __init__(self, model: LayeredModel, depths: Depths, store: LayerStore, keep_offsets: bool = False) -> None:
+    def __init__(
+        self, model: LayeredModel, depths: Depths, store: LayerStore, seed: int, keep_offsets: bool = False
+    ) -> None:
         """Prepare.
 
         Args:
             depths: of the matrices to quantize.
             store: keeps finished layers; those that it has are not quantized again.
+            seed: of the labels whose loss says what outputs are worth.
         """
         self._model = model
         self._depths = depths
         self._store = store
+        self._seed = seed
         self._keep_offsets = keep_offsets
         self.blocks: dict[Place, np.ndarray] = {}
         self.offsets: dict[Place, np.ndarray] = {}
@@ -59,6 +64,7 @@ class LayerQuantizer:
         Args:
             tokens: int64 (sequences, length).
         """
+        outputs = OutputMoments(self._model, tokens, self._seed)
         on_layer(0, "embeddings")
         quantized_in = full_in = self._model.embed(tokens)
         for index in range(len(self._model.layers)):
@@ -68,7 +74,7 @@ class LayerQuantizer:
             done = self._store.load(index)
             if done is None or (self._keep_offsets and not any(key.startswith(_OFFSET) for key in done)):
                 streams = LayerStreams(self._model, index, quantized, full, quantized_in, full_in, full_out)
-                done = self._quantize_layer(streams, on_layer)
+                done = self._quantize_layer(streams, outputs, on_layer)
                 self._store.save(index, done)
             self._note(index, done)
             self.write_into(quantized, index)
@@ -81,11 +87,15 @@ class LayerQuantizer:
             if (data := self.blocks.get((index, matrix))) is not None:
                 _set_weights(layer, matrix, data, self._depths[index, matrix])
 
-    def _quantize_layer(self, streams: LayerStreams, on_layer: OnLayer) -> dict[str, np.ndarray]:
+    def _quantize_layer(
+        self, streams: LayerStreams, outputs: OutputMoments, on_layer: OnLayer
+    ) -> dict[str, np.ndarray]:
         """Blocks and offsets of a layer, by name."""
         done: dict[str, np.ndarray] = {}
         layer, index = streams.quantized, streams.index
         wanted = [matrix for matrix in matrices_of(layer) if (index, matrix) in self._depths]
+        of_all = [matrix for matrix in wanted if not matrix.is_expert]  # few tokens come to an expert
+        worth = outputs.of(index, streams.full, of_all, streams.full_in, lambda what: on_layer(index, what))
         first = streams.quantized_in[:1].to(self._model.device)
         order = stages(layer, wanted, lambda: self._model.run(index, layer, first))
         for number, stage in enumerate(order):
@@ -93,7 +103,7 @@ class LayerQuantizer:
             moments = streams.moments(stage, later)
             for group in self._groups(index, stage):
                 on_layer(index, ", ".join(map(str, group)))
-                for matrix, (data, offset) in self._quantize(streams, group, moments).items():
+                for matrix, (data, offset) in self._quantize(streams, group, moments, worth).items():
                     done[str(matrix)] = data
                     _set_weights(layer, matrix, data, self._depths[index, matrix])
                     if self._keep_offsets and offset is not None:
@@ -108,7 +118,11 @@ class LayerQuantizer:
         return list(groups.values())
 
     def _quantize(
-        self, streams: LayerStreams, group: Sequence[Matrix], moments: Mapping[Matrix, Moments]
+        self,
+        streams: LayerStreams,
+        group: Sequence[Matrix],
+        moments: Mapping[Matrix, Moments],
+        worth: Mapping[Matrix, torch.Tensor],
     ) -> dict[Matrix, tuple[np.ndarray, torch.Tensor | None]]:
         """The blocks of matrices with the same input, and their codes before rounding, if there are such.
 
@@ -125,7 +139,7 @@ class LayerQuantizer:
         pulls = [moments[matrix].pull for matrix in group]
         together = Moments(one.hessian, torch.cat(pulls, dim=1) if None not in pulls else None, one.n_tokens)
         try:
-            rounded = gptq.quantize(torch.cat(weights), depth, together)
+            rounded = gptq.quantize(torch.cat(weights), depth, together, [worth[m] for m in group if m in worth])
         except RangeError:
             return self._search(group, weights, depth, one)
         n_rows = [len(values) for values in weights]

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.func import functional_call
 
 import tritconv
 from tritconv.errors import TritError, first_line
@@ -105,6 +107,14 @@ class LayeredModel:
         """The name of a layer's parameter in the model, as checkpoints have it."""
         return f"{self._layers_name}.{layer}.{parameter}"
 
+    @cached_property
+    def _outside(self) -> dict[str, torch.Tensor]:
+        """Parameters to compute logits with in place of the model's: float32, where nothing else casts half ones."""
+        if self._precision is not torch.float32:
+            return {}
+        named = self._model.named_parameters()
+        return {name: values.float() for name, values in named if not name.startswith(f"{self._layers_name}.")}
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the first layer is given.
 
@@ -182,7 +192,8 @@ class LayeredModel:
             layer.forward = lambda *_, **__: (hidden,) if self._in_tuples else hidden
         try:
             with self.autocast("cpu"):
-                return self._model(inputs_embeds=hidden, use_cache=False).logits.float()
+                out = functional_call(self._model, self._outside, kwargs={"inputs_embeds": hidden, "use_cache": False})
+                return out.logits.float()
         finally:
             for layer in self.layers:
                 del layer.forward

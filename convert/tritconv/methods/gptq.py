@@ -6,9 +6,16 @@ inputs that the quantized model really has, come nearest to the full-precision m
 arXiv:2504.02692). Anchor and scales of a block are chosen when its turn comes, for its weights as they are then. At the
 end, coordinate descent goes over codes and scales again, given the rest of the row.
 
+Rows go the same way, an eighth of them at a time: what is wrong with their products goes into the rows that follow, so
+that the sum of what all of them do to the model's predictions is least. For columns the inverse Hessian of the inputs
+says how; for rows that of the gradients for the outputs (the loss is taken for a Kronecker product of the two, as in
+Martens and Grosse, K-FAC, 2015, arXiv:1503.05671).
+
 Matrices are transposed here, (n, rows): the rows of a step lie together.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +27,7 @@ from tritconv.errors import TritError
 from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
 from tritconv.methods import search
 
-VERSION = 2  # of what this makes: what an older one kept is not taken for this one's
+VERSION = 3  # of what this makes: what an older one kept is not taken for this one's
 
 # The damping shrinks the correlations of the inputs: it is so many times the Hessian's own diagonal, added to it. The
 # fewer tokens there are for each column, the less the Hessian of this text says about other texts; and however many
@@ -31,6 +38,9 @@ _MOST_DAMPING = 1.0
 _FLOOR = 0.01  # of the damping, for columns without inputs: times the mean of the diagonal
 _MOST_OFFSET = 0.499  # a code further away than half would be another code
 _INVERTIBLE = 1e3  # more is never needed
+# Gradients are noisier than inputs, and few tokens are looked at: the correlations of outputs are halved.
+_OUTPUT_DAMPING = 1.0
+_ROW_STEPS = 8
 _SWEEPS = 3  # of the closing coordinate descent
 _SCALE_SWEEPS = 2  # of these, how many try other scales too
 
@@ -48,24 +58,39 @@ class Rounded:
     offset: torch.Tensor
 
 
-def quantize(weights: torch.Tensor, depth: int, moments: Moments) -> Rounded:
-    """Quantize a matrix.
+def quantize(weights: torch.Tensor, depth: int, moments: Moments, outputs: Sequence[torch.Tensor] = ()) -> Rounded:
+    """Quantize a matrix, or several that have the same inputs, one below the other.
 
     Args:
         weights: float32 (rows, n), n a multiple of 64, on any device.
         depth: trits per weight, 1..4.
         moments: of the matrix's inputs.
+        outputs: of each of the matrices: float32 (its rows, its rows), the sum of g gT, g the gradients of the loss for
+            its outputs. Without them rows are nothing to each other.
 
     Raises:
         RangeError: a block lies outside the range of the scale codebook.
     """
-    hessian, inverse = _damped(moments)
-    target = weights.T.contiguous()
+    columns = _Columns(moments)
+    aims = weights.T.contiguous()
     if moments.pull is not None:
-        target = target + (inverse @ moments.pull.double()).float()
-    quantized = _feed_back(target, inverse, depth)
-    _descend(quantized, target, hessian)
-    return Rounded(quantized.blocks(), quantized.offset(target, hessian))
+        aims = aims + (columns.inverse @ moments.pull.double()).float()
+    firsts = itertools.accumulate((len(output) for output in outputs), initial=0)
+    feedbacks = [_RowFeedback(first, output) for first, output in zip(firsts, outputs, strict=False)]
+    quantized = _Quantized(aims, depth)
+    for step in range(_ROW_STEPS if feedbacks else 1):
+        shares = [feedback.rows(step) for feedback in feedbacks]
+        rows = torch.cat(shares) if shares else torch.arange(len(weights))
+        if not len(rows):
+            continue
+        some = aims[:, rows]
+        done = _feed_back(some, columns, depth)
+        _descend(done, some, columns)
+        quantized.take(done, rows)
+        errors = (some - done.values).split([len(share) for share in shares] or len(rows), dim=1)
+        for feedback, error in zip(feedbacks, errors, strict=False):
+            feedback.go_on(step, error, aims)
+    return Rounded(quantized.blocks(), quantized.offset(aims, columns.hessian))
 
 
 class _Quantized:
@@ -84,33 +109,89 @@ class _Quantized:
         self.scales = torch.empty_like(like)
         self.indexes = np.empty((n // BLOCK_SIZE, rows, 4), dtype=np.uint8)
 
+    def take(self, some: "_Quantized", rows: torch.Tensor) -> None:
+        """Take rows from another that has only these."""
+        self.values[:, rows], self.scales[:, rows] = some.values, some.scales
+        self.indexes[:, rows.numpy()] = some.indexes
+
     def blocks(self) -> Blocks:
         """The blocks, row by row."""
         codes = (self.values / self.scales).round_().T.to(torch.int8).cpu().numpy()
         scales = self.indexes.transpose(1, 0, 2).reshape(-1, 4)
         return Blocks(self.depth, codes.reshape(-1, BLOCK_SIZE), np.ascontiguousarray(scales))
 
-    def offset(self, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    def offset(self, aims: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         """float32 (rows, n): as `Rounded` has it."""
-        gradient = hessian @ (self.values - target)
+        gradient = hessian @ (self.values - aims)
         off = gradient.div_(hessian.diagonal()[:, None]).div_(self.scales).neg_()
         return off.clamp_(-_MOST_OFFSET, _MOST_OFFSET).T.contiguous()
 
 
-def _damped(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Hessian, float32, and its inverse, float64; damped until it is invertible."""
-    n = len(moments.hessian)
-    damping = min(_DAMPING + _DAMPING_OF_FEW * n / max(moments.n_tokens, 1), _MOST_DAMPING)
-    diagonal = moments.hessian.diagonal().double()
+class _Columns:
+    """What the inputs say of a matrix's columns.
+
+    Attributes:
+        hessian: float32 (n, n), damped; inverse: float64, its inverse; factor: float32, the inverse's upper factor.
+        blocks: of each block of 64 columns alone, given all others: Hessian, inverse and factor, float32 (64, 64).
+    """
+
+    def __init__(self, moments: Moments) -> None:
+        n = len(moments.hessian)
+        few = _DAMPING_OF_FEW * n / max(moments.n_tokens, 1)
+        damped, self.inverse = _damped(moments.hessian, min(_DAMPING + few, _MOST_DAMPING))
+        self.hessian = damped.float()
+        self.factor = _upper(self.inverse)
+        own = torch.stack([damped[i : i + BLOCK_SIZE, i : i + BLOCK_SIZE] for i in range(0, n, BLOCK_SIZE)])
+        inverses = torch.linalg.inv(own)
+        self.blocks = list(zip(own.float(), inverses.float(), _upper(inverses), strict=True))
+
+
+class _RowFeedback:
+    """How the errors of a matrix's rows go on into those that are quantized later, in so many steps.
+
+    The rows of a step are spread over the matrix: neighbours are often alike, and should make up for each other.
+    """
+
+    def __init__(self, first: int, output: torch.Tensor) -> None:
+        """Prepare.
+
+        Args:
+            first: the number of the matrix's first row.
+            output: as for `quantize`.
+        """
+        shares = [torch.arange(len(output))[step::_ROW_STEPS] for step in range(_ROW_STEPS)]
+        order = torch.cat(shares)
+        _, inverse = _damped(output[order][:, order], _OUTPUT_DAMPING)
+        self._factor = _upper(inverse)
+        self._rows = [first + share for share in shares]
+
+    def rows(self, step: int) -> torch.Tensor:
+        """The numbers of the rows of a step."""
+        return self._rows[step]
+
+    def go_on(self, step: int, errors: torch.Tensor, aims: torch.Tensor) -> None:
+        """Change what later rows aim at, float32 (n, rows of all), for the errors (n, rows of this step)."""
+        if step + 1 == _ROW_STEPS:
+            return
+        start = sum(map(len, self._rows[:step]))
+        stop = start + len(self._rows[step])
+        own = self._factor[start:stop, start:stop]
+        spread = torch.linalg.solve_triangular(own, errors, upper=True, left=False) @ self._factor[start:stop, stop:]
+        aims[:, torch.cat(self._rows[step + 1 :])] -= spread
+
+
+def _damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Hessian, damped until it is invertible, and its inverse, both float64."""
+    diagonal = hessian.diagonal().double()
     diagonal = diagonal + _FLOOR * diagonal.mean().clamp(min=1e-20)
     while damping < _INVERTIBLE:
-        damped = moments.hessian.double()
+        damped = hessian.double()
         damped.diagonal().add_(damping * diagonal)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(factor)
             if inverse.isfinite().all():
-                return damped.float(), inverse
+                return damped, inverse
         damping *= 10
     raise TritError("the model's activations on the calibration text are not finite")
 
@@ -120,11 +201,11 @@ def _upper(inverse: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def _feed_back(target: torch.Tensor, inverse: torch.Tensor, depth: int) -> _Quantized:
-    quantized = _Quantized(target, depth)
-    factor = _upper(inverse)
-    rest = target.clone()
-    for block in range(len(target) // BLOCK_SIZE):
+def _feed_back(aims: torch.Tensor, columns: _Columns, depth: int) -> _Quantized:
+    quantized = _Quantized(aims, depth)
+    factor = columns.factor
+    rest = aims.clone()
+    for block in range(len(aims) // BLOCK_SIZE):
         start, stop = block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE
         own = factor[start:stop, start:stop]
         scales, indexes = _search_scales(rest[start:stop], own, depth)
@@ -161,17 +242,17 @@ def _feed_back_block(
     return values, errors
 
 
-def _descend(quantized: _Quantized, target: torch.Tensor, hessian: torch.Tensor) -> None:
+def _descend(quantized: _Quantized, aims: torch.Tensor, columns: _Columns) -> None:
     """Coordinate descent on the error of the products, over the columns, a block at a time."""
-    gradient = hessian @ (quantized.values - target)
+    hessian = columns.hessian
+    gradient = hessian @ (quantized.values - aims)
     for sweep in range(_SWEEPS):
-        for block in range(len(target) // BLOCK_SIZE):
+        for block, (own, inverse, factor) in enumerate(columns.blocks):
             part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-            own = hessian[part, part]
             values, local = quantized.values[part].clone(), gradient[part].clone()
             _descend_block(values, local, own, quantized.scales[part], quantized.code_max)
             if sweep < _SCALE_SWEEPS:
-                values = _with_better_scales(quantized, block, values, local, own)
+                values = _with_better_scales(quantized, block, values, local, own, inverse, factor)
             gradient.addmm_(hessian[:, part], values - quantized.values[part])
             quantized.values[part] = values
 
@@ -189,12 +270,16 @@ def _descend_block(
 
 
 def _with_better_scales(
-    quantized: _Quantized, block: int, values: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor
+    quantized: _Quantized,
+    block: int,
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    inverse: torch.Tensor,
+    factor: torch.Tensor,
 ) -> torch.Tensor:
     """Search the scales of a block again, given the rest of the row; a row takes them where its error gets less."""
-    inverse = torch.linalg.inv(hessian.double())
-    best = values - inverse.float() @ gradient  # without rounding
-    factor = _upper(inverse)
+    best = values - inverse @ gradient  # without rounding
     scales, indexes = _search_scales(best, factor, quantized.depth)
     others, _ = _feed_back_block(best, factor, scales, quantized.code_max)
     local = hessian @ (others - best)
