@@ -19,6 +19,12 @@ def inputs(n_tokens: int = 1024, seed: int = 0) -> torch.Tensor:
     return (mixed + torch.randn(n_tokens, N, generator=generator)) * torch.logspace(-1, 1, N)
 
 
+@pytest.fixture(autouse=True)
+def _few_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix is small, and its rows should go in steps all the same."""
+    monkeypatch.setattr(gptq, "_LEAST_ROWS", 1)
+
+
 def matrix(seed: int = 1) -> torch.Tensor:
     return 0.05 * torch.randn(ROWS, N, generator=torch.Generator().manual_seed(seed))
 

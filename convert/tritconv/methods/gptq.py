@@ -15,7 +15,7 @@ Matrices are transposed here, (n, rows): the rows of a step lie together.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,8 @@ _MOST_OFFSET = 0.499  # a code further away than half would be another code
 _INVERTIBLE = 1e3  # more is never needed
 # Gradients are noisier than inputs, and few tokens are looked at: the correlations of outputs are halved.
 _OUTPUT_DAMPING = 1.0
-_ROW_STEPS = 8
+_MOST_STEPS = 8  # that the rows are quantized in
+_LEAST_ROWS = 128  # in a step: fewer would wait for Python
 _SWEEPS = 3  # of the closing coordinate descent
 _SCALE_SWEEPS = 2  # of these, how many try other scales too
 
@@ -76,9 +77,10 @@ def quantize(weights: torch.Tensor, depth: int, moments: Moments, outputs: Seque
     if moments.pull is not None:
         aims = aims + (columns.inverse @ moments.pull.double()).float()
     firsts = itertools.accumulate((len(output) for output in outputs), initial=0)
-    feedbacks = [_RowFeedback(first, output) for first, output in zip(firsts, outputs, strict=False)]
+    steps = min(max(len(weights) // _LEAST_ROWS, 1), _MOST_STEPS) if outputs else 1
+    feedbacks = [_RowFeedback(first, output, steps) for first, output in zip(firsts, outputs, strict=False)]
     quantized = _Quantized(aims, depth)
-    for step in range(_ROW_STEPS if feedbacks else 1):
+    for step in range(steps):
         shares = [feedback.rows(step) for feedback in feedbacks]
         rows = torch.cat(shares) if shares else torch.arange(len(weights))
         if not len(rows):
@@ -147,19 +149,20 @@ class _Columns:
 
 
 class _RowFeedback:
-    """How the errors of a matrix's rows go on into those that are quantized later, in so many steps.
+    """How the errors of a matrix's rows go on into those that are quantized in later steps.
 
     The rows of a step are spread over the matrix: neighbours are often alike, and should make up for each other.
     """
 
-    def __init__(self, first: int, output: torch.Tensor) -> None:
+    def __init__(self, first: int, output: torch.Tensor, steps: int) -> None:
         """Prepare.
 
         Args:
             first: the number of the matrix's first row.
             output: as for `quantize`.
+            steps: that all rows are quantized in.
         """
-        shares = [torch.arange(len(output))[step::_ROW_STEPS] for step in range(_ROW_STEPS)]
+        shares = [torch.arange(len(output))[step::steps] for step in range(steps)]
         order = torch.cat(shares)
         _, inverse = _damped(output[order][:, order], _OUTPUT_DAMPING)
         self._factor = _upper(inverse)
@@ -171,7 +174,7 @@ class _RowFeedback:
 
     def go_on(self, step: int, errors: torch.Tensor, aims: torch.Tensor) -> None:
         """Change what later rows aim at, float32 (n, rows of all), for the errors (n, rows of this step)."""
-        if step + 1 == _ROW_STEPS:
+        if step + 1 == len(self._rows):
             return
         start = sum(map(len, self._rows[:step]))
         stop = start + len(self._rows[step])
@@ -234,11 +237,12 @@ def _feed_back_block(
     """The values of a block of columns (64, rows), and their errors in units of the factor's diagonal."""
     rest = weights.clone()
     values, errors = torch.empty_like(rest), torch.empty_like(rest)
-    inverse_scales = scales.reciprocal()
-    for j, divisor in enumerate(factor.diagonal().tolist()):
-        values[j] = (rest[j] * inverse_scales[j]).round_().clamp_(-code_max, code_max).mul_(scales[j])
-        errors[j] = (rest[j] - values[j]).div_(divisor)
-        rest[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    columns = _columns(rest, values, errors, scales, scales.reciprocal(), factor)
+    divisors = factor.diagonal().tolist()
+    for divisor, (now, value, error, scale, inverse_scale, row) in zip(divisors, columns, strict=True):
+        torch.mul(now, inverse_scale, out=value).round_().clamp_(-code_max, code_max).mul_(scale)
+        torch.sub(now, value, out=error).div_(divisor)
+        rest.addr_(row, error, alpha=-1)  # nothing before this column: the factor is triangular
     return values, errors
 
 
@@ -261,12 +265,18 @@ def _descend_block(
     values: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, code_max: int
 ) -> None:
     """Move each column in turn to the best multiple of its scale, given all others. Changes `values` and `gradient`."""
-    inverse_scales = scales.reciprocal()
-    for j, curvature in enumerate(hessian.diagonal().tolist()):
-        best = values[j].sub(gradient[j], alpha=1 / curvature)
-        best = best.mul_(inverse_scales[j]).round_().clamp_(-code_max, code_max).mul_(scales[j])
-        gradient.addr_(hessian[j], best - values[j])
-        values[j] = best
+    columns = _columns(values, gradient, scales, scales.reciprocal(), hessian)
+    steps = hessian.diagonal().reciprocal().tolist()
+    for step, (value, slope, scale, inverse_scale, row) in zip(steps, columns, strict=True):
+        best = torch.sub(value, slope, alpha=step)
+        best.mul_(inverse_scale).round_().clamp_(-code_max, code_max).mul_(scale)
+        gradient.addr_(row, best - value)
+        value.copy_(best)
+
+
+def _columns(*blocks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Of each column in turn, its views in tensors (64, ..): made at once, as to index one takes as long as to add."""
+    return zip(*(block.unbind() for block in blocks), strict=True)
 
 
 def _with_better_scales(
