@@ -76,22 +76,14 @@ def quantize(weights: torch.Tensor, depth: int, moments: Moments, outputs: Seque
     aims = weights.T.contiguous()
     if moments.pull is not None:
         aims = aims + (columns.inverse @ moments.pull.double()).float()
-    firsts = itertools.accumulate((len(output) for output in outputs), initial=0)
-    steps = min(max(len(weights) // _LEAST_ROWS, 1), _MOST_STEPS) if outputs else 1
-    feedbacks = [_RowFeedback(first, output, steps) for first, output in zip(firsts, outputs, strict=False)]
+    order = _RowOrder(len(weights), outputs)
     quantized = _Quantized(aims, depth)
-    for step in range(steps):
-        shares = [feedback.rows(step) for feedback in feedbacks]
-        rows = torch.cat(shares) if shares else torch.arange(len(weights))
-        if not len(rows):
-            continue
+    for step, rows in enumerate(order.steps):
         some = aims[:, rows]
         done = _feed_back(some, columns, depth)
         _descend(done, some, columns)
         quantized.take(done, rows)
-        errors = (some - done.values).split([len(share) for share in shares] or len(rows), dim=1)
-        for feedback, error in zip(feedbacks, errors, strict=False):
-            feedback.go_on(step, error, aims)
+        order.go_on(step, some - done.values, aims)
     return Rounded(quantized.blocks(), quantized.offset(aims, columns.hessian))
 
 
@@ -148,39 +140,58 @@ class _Columns:
         self.blocks = list(zip(own.float(), inverses.float(), _upper(inverses), strict=True))
 
 
-class _RowFeedback:
-    """How the errors of a matrix's rows go on into those that are quantized in later steps.
+class _RowOrder:
+    """In which steps rows are quantized, and how the errors of each go on.
 
-    The rows of a step are spread over the matrix: neighbours are often alike, and should make up for each other.
+    Attributes:
+        steps: the numbers of the rows of each step, those of all matrices.
     """
 
-    def __init__(self, first: int, output: torch.Tensor, steps: int) -> None:
+    def __init__(self, n_rows: int, outputs: Sequence[torch.Tensor]) -> None:
+        """Plan. Args: as for `quantize`."""
+        count = min(max(n_rows // _LEAST_ROWS, 1), _MOST_STEPS)
+        firsts = itertools.accumulate(map(len, outputs), initial=0)
+        self._feedbacks = [_RowFeedback(first, output, count) for first, output in zip(firsts, outputs, strict=False)]
+        shares = zip(*(feedback.steps for feedback in self._feedbacks), strict=True)
+        self.steps = [torch.cat(share) for share in shares] or [torch.arange(n_rows)]
+
+    def go_on(self, step: int, errors: torch.Tensor, aims: torch.Tensor) -> None:
+        """Change what later rows aim at, float32 (n, rows), for the errors (n, rows of this step)."""
+        shares = errors.split([len(feedback.steps[step]) for feedback in self._feedbacks] or errors.shape[1], dim=1)
+        for feedback, share in zip(self._feedbacks, shares, strict=False):
+            feedback.go_on(step, share, aims)
+
+
+class _RowFeedback:
+    """How the errors of one matrix's rows go on into its later ones.
+
+    Attributes:
+        steps: the numbers of the rows of each step. They are spread over the matrix: neighbours are often alike, and
+            should make up for each other.
+    """
+
+    def __init__(self, first: int, output: torch.Tensor, count: int) -> None:
         """Prepare.
 
         Args:
             first: the number of the matrix's first row.
             output: as for `quantize`.
-            steps: that all rows are quantized in.
+            count: of steps.
         """
-        shares = [torch.arange(len(output))[step::steps] for step in range(steps)]
+        shares = [torch.arange(len(output))[step::count] for step in range(count)]
         order = torch.cat(shares)
         _, inverse = _damped(output[order][:, order], _OUTPUT_DAMPING)
         self._factor = _upper(inverse)
-        self._rows = [first + share for share in shares]
-
-    def rows(self, step: int) -> torch.Tensor:
-        """The numbers of the rows of a step."""
-        return self._rows[step]
+        self.steps = [first + share for share in shares]
 
     def go_on(self, step: int, errors: torch.Tensor, aims: torch.Tensor) -> None:
-        """Change what later rows aim at, float32 (n, rows of all), for the errors (n, rows of this step)."""
-        if step + 1 == len(self._rows):
-            return
-        start = sum(map(len, self._rows[:step]))
-        stop = start + len(self._rows[step])
-        own = self._factor[start:stop, start:stop]
-        spread = torch.linalg.solve_triangular(own, errors, upper=True, left=False) @ self._factor[start:stop, stop:]
-        aims[:, torch.cat(self._rows[step + 1 :])] -= spread
+        """As `_RowOrder` has it, with the errors of this matrix."""
+        start = sum(map(len, self.steps[:step]))
+        stop = start + len(self.steps[step])
+        if stop < len(self._factor):
+            own, later = self._factor[start:stop, start:stop], self._factor[start:stop, stop:]
+            spread = torch.linalg.solve_triangular(own, errors, upper=True, left=False) @ later
+            aims[:, torch.cat(self.steps[step + 1 :])] -= spread
 
 
 def _damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
