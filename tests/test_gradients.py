@@ -79,7 +79,10 @@ def moments_of(model: LayeredModel, tokens: torch.Tensor, index: int, seed: int 
     return OutputMoments(model, tokens, seed).of(index, layer, matrices, hidden, lambda what: None)
 
 
-def test_output_moments_are_sums_over_the_text(model: LayeredModel, tokens: torch.Tensor) -> None:
+def test_output_moments_are_sums_over_the_text(
+    model: LayeredModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "_SHARE", 1)
     found = {step.index: step for step in gradients(model, tokens, 0, lambda *_: (Q, DOWN), lambda what: None)}
     for index in (0, 1):
         moments = moments_of(model, tokens, index)
@@ -94,7 +97,8 @@ def test_output_moments_are_sums_over_the_text(model: LayeredModel, tokens: torc
 def test_only_some_sequences_are_looked_at(
     model: LayeredModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "_TOKENS", 64)
+    monkeypatch.setattr(outputs, "_MOST_TOKENS", 64)
+    monkeypatch.setattr(outputs, "_SHARE", 1)
     assert stride(tokens, 64) == 3
     some = moments_of(model, tokens, 1)
     torch.testing.assert_close(some[DOWN], moments_of(model, tokens[::3], 1)[DOWN])
