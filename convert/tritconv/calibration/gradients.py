@@ -93,8 +93,11 @@ def go_back(
             out = model.run(index, layer, inputs)
         (downstream,) = torch.autograd.grad(out, inputs, gradient.to(out))
         found.append(downstream.cpu())
-    products = {m: tuple(torch.cat(side) for side in zip(*pairs, strict=True)) for m, pairs in trace.products.items()}
-    return torch.cat(found), {matrix: (x, g) for matrix, (x, g) in products.items()}
+    products = {}
+    for matrix, pairs in trace.products.items():
+        x, g = zip(*pairs, strict=True)
+        products[matrix] = torch.cat(x), torch.cat(g)
+    return torch.cat(found), products
 
 
 class _Trace(Recorder):

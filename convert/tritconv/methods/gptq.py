@@ -17,6 +17,7 @@ Matrices are transposed here, (n, rows): the rows of a step lie together.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -121,12 +122,20 @@ class _Quantized:
         return off.clamp_(-_MOST_OFFSET, _MOST_OFFSET).T.contiguous()
 
 
+class _Block(NamedTuple):
+    """What the inputs say of a block of columns alone, given all others: float32 (64, 64)."""
+
+    hessian: torch.Tensor
+    inverse: torch.Tensor
+    factor: torch.Tensor
+
+
 class _Columns:
     """What the inputs say of a matrix's columns.
 
     Attributes:
         hessian: float32 (n, n), damped; inverse: float64, its inverse; factor: float32, the inverse's upper factor.
-        blocks: of each block of 64 columns alone, given all others: Hessian, inverse and factor, float32 (64, 64).
+        blocks: each block of 64 columns.
     """
 
     def __init__(self, moments: Moments) -> None:
@@ -137,7 +146,7 @@ class _Columns:
         self.factor = _upper(self.inverse)
         own = torch.stack([damped[i : i + BLOCK_SIZE, i : i + BLOCK_SIZE] for i in range(0, n, BLOCK_SIZE)])
         inverses = torch.linalg.inv(own)
-        self.blocks = list(zip(own.float(), inverses.float(), _upper(inverses), strict=True))
+        self.blocks = list(map(_Block, own.float(), inverses.float(), _upper(inverses)))
 
 
 class _RowOrder:
@@ -157,9 +166,11 @@ class _RowOrder:
 
     def go_on(self, step: int, errors: torch.Tensor, aims: torch.Tensor) -> None:
         """Change what later rows aim at, float32 (n, rows), for the errors (n, rows of this step)."""
-        shares = errors.split([len(feedback.steps[step]) for feedback in self._feedbacks] or errors.shape[1], dim=1)
-        for feedback, share in zip(self._feedbacks, shares, strict=False):
-            feedback.go_on(step, share, aims)
+        start = 0
+        for feedback in self._feedbacks:
+            stop = start + len(feedback.steps[step])
+            feedback.go_on(step, errors[:, start:stop], aims)
+            start = stop
 
 
 class _RowFeedback:
@@ -248,7 +259,7 @@ def _feed_back_block(
     """The values of a block of columns (64, rows), and their errors in units of the factor's diagonal."""
     rest = weights.clone()
     values, errors = torch.empty_like(rest), torch.empty_like(rest)
-    columns = _columns(rest, values, errors, scales, scales.reciprocal(), factor)
+    columns = _by_column(rest, values, errors, scales, scales.reciprocal(), factor)
     divisors = factor.diagonal().tolist()
     for divisor, (now, value, error, scale, inverse_scale, row) in zip(divisors, columns, strict=True):
         torch.mul(now, inverse_scale, out=value).round_().clamp_(-code_max, code_max).mul_(scale)
@@ -262,12 +273,12 @@ def _descend(quantized: _Quantized, aims: torch.Tensor, columns: _Columns) -> No
     hessian = columns.hessian
     gradient = hessian @ (quantized.values - aims)
     for sweep in range(_SWEEPS):
-        for block, (own, inverse, factor) in enumerate(columns.blocks):
+        for block, own in enumerate(columns.blocks):
             part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
             values, local = quantized.values[part].clone(), gradient[part].clone()
-            _descend_block(values, local, own, quantized.scales[part], quantized.code_max)
+            _descend_block(values, local, own.hessian, quantized.scales[part], quantized.code_max)
             if sweep < _SCALE_SWEEPS:
-                values = _with_better_scales(quantized, block, values, local, own, inverse, factor)
+                values = _with_better_scales(quantized, block, values, local, own)
             gradient.addmm_(hessian[:, part], values - quantized.values[part])
             quantized.values[part] = values
 
@@ -276,7 +287,7 @@ def _descend_block(
     values: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, code_max: int
 ) -> None:
     """Move each column in turn to the best multiple of its scale, given all others. Changes `values` and `gradient`."""
-    columns = _columns(values, gradient, scales, scales.reciprocal(), hessian)
+    columns = _by_column(values, gradient, scales, scales.reciprocal(), hessian)
     steps = hessian.diagonal().reciprocal().tolist()
     for step, (value, slope, scale, inverse_scale, row) in zip(steps, columns, strict=True):
         best = torch.sub(value, slope, alpha=step)
@@ -285,26 +296,20 @@ def _descend_block(
         value.copy_(best)
 
 
-def _columns(*blocks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _by_column(*blocks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Of each column in turn, its views in tensors (64, ..): made at once, as to index one takes as long as to add."""
     return zip(*(block.unbind() for block in blocks), strict=True)
 
 
 def _with_better_scales(
-    quantized: _Quantized,
-    block: int,
-    values: torch.Tensor,
-    gradient: torch.Tensor,
-    hessian: torch.Tensor,
-    inverse: torch.Tensor,
-    factor: torch.Tensor,
+    quantized: _Quantized, block: int, values: torch.Tensor, gradient: torch.Tensor, own: _Block
 ) -> torch.Tensor:
     """Search the scales of a block again, given the rest of the row; a row takes them where its error gets less."""
-    best = values - inverse @ gradient  # without rounding
-    scales, indexes = _search_scales(best, factor, quantized.depth)
-    others, _ = _feed_back_block(best, factor, scales, quantized.code_max)
-    local = hessian @ (others - best)
-    _descend_block(others, local, hessian, scales, quantized.code_max)
+    best = values - own.inverse @ gradient  # without rounding
+    scales, indexes = _search_scales(best, own.factor, quantized.depth)
+    others, _ = _feed_back_block(best, own.factor, scales, quantized.code_max)
+    local = own.hessian @ (others - best)
+    _descend_block(others, local, own.hessian, scales, quantized.code_max)
 
     better = ((others - best) * local).sum(dim=0) < ((values - best) * gradient).sum(dim=0)
     part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
