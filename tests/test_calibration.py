@@ -1,6 +1,7 @@
 """Calibration: text, layers, moments, rows, and what is kept on disk."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 from checkpoints import HIDDEN, make_checkpoint
 
-from tritconv.calibration import own_text
+from tritconv.calibration import own_text, rare_words
 from tritconv.calibration.matrices import Matrix, Recorder, matrices_of, stages
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import LayerStreams
 from tritconv.calibration.rows import RowIndex
 from tritconv.calibration.store import LayerStore
-from tritconv.calibration.text import TextOptions, sequences
+from tritconv.calibration.text import TextOptions, read, sequences
 from tritconv.errors import TritError
 
 LENGTH = 32
@@ -46,16 +47,36 @@ def text_file(folder: Path, name: str, content: str) -> Path:
     return path
 
 
+def sequences_of(options: TextOptions, model: LayeredModel) -> torch.Tensor:
+    return sequences(read(options.files, model.tokenizer), options, model.tokenizer)
+
+
 def test_sequences_are_seeded_and_start_as_the_tokenizer_wants(model: LayeredModel, tmp_path: Path) -> None:
     file = text_file(tmp_path, "text.txt", "The quick brown fox jumps over the lazy dog. " * 100)
     options = TextOptions((file,), n_tokens=4 * LENGTH, length=LENGTH, seed=3)
-    first = sequences(options, model.tokenizer)
+    first = sequences_of(options, model)
     assert first.shape == (4, LENGTH)
     start = model.tokenizer("").input_ids
     assert all(row[: len(start)].tolist() == start for row in first)
-    assert torch.equal(first, sequences(options, model.tokenizer))
-    other = sequences(TextOptions((file,), 4 * LENGTH, LENGTH, seed=4), model.tokenizer)
+    assert torch.equal(first, sequences_of(options, model))
+    other = sequences_of(TextOptions((file,), 4 * LENGTH, LENGTH, seed=4), model)
     assert not torch.equal(first, other)
+
+
+def test_placeholders_become_words_of_the_vocabularys_pieces(model: LayeredModel) -> None:
+    documents = ["<unk> met <unk>s , and Anna met", "nobody", "( <unk> )"]
+    filled, n_words = rare_words.fill(documents, model.tokenizer, seed=3)
+    assert n_words == 3
+    words = re.fullmatch(r"(\w+) met (\w+)s , and Anna met\nnobody\n\( (\w+) \)", "\n".join(filled))
+    assert words, filled
+    assert all(word.istitle() for word in words.groups())
+    assert rare_words.fill(documents, model.tokenizer, seed=3) == (filled, n_words)
+    assert rare_words.fill(documents, model.tokenizer, seed=4)[0] != filled
+
+
+def test_a_vocabulary_without_words_leaves_placeholders(model: LayeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.tokenizer, "get_vocab", lambda: {"<unk>": 0, "▁一": 1, "二": 2})
+    assert rare_words.fill(["<unk> a"], model.tokenizer, seed=0) == (["<unk> a"], 0)
 
 
 def test_the_model_goes_on_from_the_text(
@@ -92,7 +113,7 @@ def test_json_lines_with_text_and_messages(
     file = text_file(tmp_path, "chat.jsonl", "\n".join(lines))
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
-    found = sequences(TextOptions((file,), 4096, LENGTH), model.tokenizer)
+    found = sequences_of(TextOptions((file,), 4096, LENGTH), model)
     assert "<assistant>" in model.tokenizer.decode(found.flatten())
 
 
@@ -108,7 +129,7 @@ def test_json_lines_with_text_and_messages(
 def test_bad_text(model: LayeredModel, tmp_path: Path, name: str, content: str, reason: str) -> None:
     options = TextOptions((text_file(tmp_path, name, content),), 4096, LENGTH)
     with pytest.raises(TritError, match=reason):
-        sequences(options, model.tokenizer)
+        sequences_of(options, model)
 
 
 def test_binary_and_missing_text(model: LayeredModel, tmp_path: Path) -> None:
@@ -116,7 +137,7 @@ def test_binary_and_missing_text(model: LayeredModel, tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     for path, reason in ((binary, "not UTF-8"), (tmp_path / "nowhere", "cannot read")):
         with pytest.raises(TritError, match=reason):
-            sequences(TextOptions((path,), 4096), model.tokenizer)
+            sequences_of(TextOptions((path,), 4096), model)
 
 
 def test_layers_give_what_the_model_gives(model: LayeredModel, tokens: torch.Tensor) -> None:

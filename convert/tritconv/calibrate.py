@@ -11,12 +11,12 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tritconv.allocate import Budget, allocate
-from tritconv.calibration import own_text, sensitivity
+from tritconv.calibration import own_text, rare_words, sensitivity
 from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowIndex, RowMap
 from tritconv.calibration.store import LayerStore, digest_of_files, digest_of_tokens
-from tritconv.calibration.text import TextOptions, sequences
+from tritconv.calibration.text import TextOptions, read, sequences
 from tritconv.codec import pack, unpack
 from tritconv.console import err, note, one_line
 from tritconv.format import BYTES_PER_BLOCK
@@ -157,8 +157,12 @@ def calibrate(
     """
     with err.status("loading the model") if err.is_terminal else nullcontext():
         model = LayeredModel(origin.folder, origin.gguf_file)
-        tokens = sequences(options.text, model.tokenizer)
+        documents = read(options.text.files, model.tokenizer)
+        documents, n_made_up = rare_words.fill(documents, model.tokenizer, options.text.seed)
+        tokens = sequences(documents, options.text, model.tokenizer)
         rows = ModelRows.find(model, tensors)
+    if n_made_up:
+        note(f"the text has {rare_words.PLACEHOLDER} for {n_made_up} rare words: made-up ones stand in for them")
     held_out = tokens[:0]
     if options.training is not None:
         tokens, held_out = hold_out(tokens)
@@ -191,6 +195,7 @@ def calibrate(
         trained = {norms[place]: values.cpu().numpy() for place, values in tuned.norms.items()}
     description = [
         *(file.name for file in options.text.files),
+        *([f"{n_made_up} rare words made up"] if n_made_up else []),
         f"{n_read} sequences of {tokens.shape[1]} tokens",
         *([f"{len(tokens) + len(held_out) - n_read} that the model wrote"] if options.own_tokens else []),
         f"seed {options.text.seed}",

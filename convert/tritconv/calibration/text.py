@@ -1,7 +1,7 @@
 """Calibration text: files to token sequences of equal length."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class TextOptions:
         files: plain text, or JSON lines with `text` or `messages` (role and content) in each.
         n_tokens: at most this many tokens in all.
         length: tokens of a sequence.
-        seed: which of the sequences are taken, where there are more than needed.
+        seed: of what is drawn: which of the sequences, where there are more than needed.
     """
 
     files: tuple[Path, ...]
@@ -30,22 +30,34 @@ class TextOptions:
     seed: int = 0
 
 
-def sequences(options: TextOptions, tokenizer: Any) -> torch.Tensor:
+def read(files: Iterable[Path], tokenizer: Any) -> list[str]:
+    """The texts that files hold.
+
+    Args:
+        tokenizer: of the transformers library. Messages go through its chat template.
+
+    Raises:
+        TritError: a file cannot be read or is malformed.
+    """
+    return [document for file in files for document in _documents(file, tokenizer)]
+
+
+def sequences(documents: Iterable[str], options: TextOptions, tokenizer: Any) -> torch.Tensor:
     """Token sequences to calibrate on.
 
     The texts are joined and cut; each sequence starts with the token that the tokenizer starts a text with, if any,
     as llama.cpp's programs do it.
 
     Args:
-        tokenizer: of the transformers library. Messages go through its chat template.
+        documents: what the files hold.
+        tokenizer: of the transformers library.
 
     Returns:
         int64 (n, length).
 
     Raises:
-        TritError: a file cannot be read or is malformed, or there is too little text.
+        TritError: there is too little text.
     """
-    documents = [document for file in options.files for document in _documents(file, tokenizer)]
     tokens = torch.tensor(_tokens(documents, tokenizer), dtype=torch.int64)
     start = tokenizer("").input_ids[:1]
     body = options.length - len(start)
@@ -62,7 +74,7 @@ def sequences(options: TextOptions, tokenizer: Any) -> torch.Tensor:
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(cut), -1), cut], dim=1)
 
 
-def _tokens(documents: Sequence[str], tokenizer: Any) -> list[int]:
+def _tokens(documents: Iterable[str], tokenizer: Any) -> list[int]:
     return list(tokenizer(_SEPARATOR.join(documents), add_special_tokens=False, verbose=False).input_ids)
 
 
