@@ -14,6 +14,8 @@ import sentencepiece
 import torch
 from gguf import LlamaFileType
 
+from tritconv.calibration.model import LayeredModel
+
 ROOT = Path(__file__).parent.parent
 SMOLLM2_GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -75,6 +77,13 @@ def _tokenizer() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def exact_model(folder: Path) -> LayeredModel:
+    """A model whose products are not rounded, for comparisons."""
+    model = LayeredModel(folder)
+    model._precision = torch.float32
+    return model
 
 
 def smollm2_checkpoint(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import HIDDEN, make_checkpoint
+from checkpoints import HIDDEN, exact_model, make_checkpoint
 
 from tritconv.calibration import own_text, rare_words
 from tritconv.calibration.matrices import Matrix, Recorder, matrices_of, stages
@@ -24,16 +24,12 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> LayeredModel:
-    layered = LayeredModel(checkpoint)
-    layered._precision = torch.float32  # exact, for comparisons
-    return layered
+    return exact_model(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> LayeredModel:
-    layered = LayeredModel(make_checkpoint(tmp_path_factory.mktemp("mixtral"), "Mixtral"))
-    layered._precision = torch.float32
-    return layered
+    return exact_model(make_checkpoint(tmp_path_factory.mktemp("mixtral"), "Mixtral"))
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,11 @@ def test_gguf_source_gives_the_same(checkpoint: Path, f16_gguf: Path, tmp_path: 
 
 
 def test_same_seed_same_file(checkpoint: Path, tmp_path: Path, text: Path) -> None:
+    blanked = tmp_path / "blanked.txt"
+    blanked.write_text(text.read_text(encoding="utf-8").replace("expression", "<unk>"), encoding="utf-8")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        convert(checkpoint, tmp_path / f"{name}.gguf", text, "--depth", 2, "--seed", seed, cache=tmp_path / name)
+        convert(checkpoint, tmp_path / f"{name}.gguf", blanked, "--depth", 2, "--seed", seed, cache=tmp_path / name)
+    assert "rare words made up" in " ".join(field(tmp_path / "a.gguf", "trit.calibration"))
     first, second, other = ((tmp_path / f"{name}.gguf").read_bytes() for name in "abc")
     assert first == second
     assert first != other

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import HIDDEN, make_checkpoint
+from checkpoints import HIDDEN, exact_model, make_checkpoint
 
 from tritconv.calibration import gradients as module
 from tritconv.calibration import outputs
@@ -16,16 +16,9 @@ from tritconv.calibration.outputs import OutputMoments
 Q, DOWN = Matrix("self_attn.q_proj.weight"), Matrix("mlp.down_proj.weight")
 
 
-def exact(folder: Path) -> LayeredModel:
-    """A model whose products are not rounded, for comparisons."""
-    model = LayeredModel(folder)
-    model._precision = torch.float32
-    return model
-
-
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> LayeredModel:
-    return exact(checkpoint)
+    return exact_model(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +99,7 @@ def test_only_some_sequences_are_looked_at(
 
 
 def test_matrices_beside_experts_have_output_moments(tmp_path: Path, tokens: torch.Tensor) -> None:
-    found = moments_of(exact(make_checkpoint(tmp_path / "mixtral", "Mixtral")), tokens, 0)
+    found = moments_of(exact_model(make_checkpoint(tmp_path / "mixtral", "Mixtral")), tokens, 0)
     output = next(moments for matrix, moments in found.items() if "o_proj" in matrix.name)
     assert output.shape == (HIDDEN, HIDDEN)
     assert torch.linalg.eigvalsh(output).min() > -1e-3 * output.diagonal().max()
