@@ -39,7 +39,7 @@ class TuneOptions:
     """
 
     epochs: int
-    code_rate: float = 0.01
+    code_rate: float = 0.003
     norm_rate: float = 0.003
     seed: int = 0
 
