@@ -6,6 +6,7 @@ they are made of the vocabulary's pieces at random; a model's own guesses gain n
 """
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,10 +35,9 @@ def fill(documents: Iterable[str], tokenizer: Any, seed: int) -> tuple[list[str]
     draw = random.Random(seed)
     filled, n_words = [], 0
     for document in documents:
-        first, *others = document.split(PLACEHOLDER)
-        words = (_name(draw, beginnings, endings) for _ in others)
-        filled.append(first + "".join(word + text for word, text in zip(words, others, strict=True)))
-        n_words += len(others)
+        text, n_here = re.subn(PLACEHOLDER, lambda _: _name(draw, beginnings, endings), document)
+        filled.append(text)
+        n_words += n_here
     return filled, n_words
 
 
