@@ -218,7 +218,7 @@ def _damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.
             if inverse.isfinite().all():
                 return damped, inverse
         damping *= 10
-    raise TritError("the model's activations on the calibration text are not finite")
+    raise TritError("the model's activations or gradients on the calibration text are not finite")
 
 
 def _upper(inverse: torch.Tensor) -> torch.Tensor:
