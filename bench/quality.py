@@ -68,8 +68,8 @@ def main() -> None:
     if not list(across.glob("*")):
         _run("bench/across_rows.py", "--base", base, "-o", across, *types, "--imatrix", imatrix)
         _run("bench/across_rows.py", "--base", base, "-o", across, "--type", "Q3_K")
-        decoded = [part for path in sorted(folder.glob(f"{name}-TRIT[23]-gptq*.gguf")) for part in ("--decode", path)]
-        _run("bench/across_rows.py", "-o", across, *decoded)
+        ours = [path for method in ("gptq", "tune") for path in sorted(folder.glob(f"{name}-TRIT[23]-{method}*.gguf"))]
+        _run("bench/across_rows.py", "-o", across, *(part for path in ours for part in ("--decode", path)))
     for path in sorted(across.glob("*.gguf")):
         models.append(f"{path.stem.removeprefix(f'{name}-').replace('-', ' ')}={path}")
 
