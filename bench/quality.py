@@ -32,6 +32,7 @@ _METHODS = {
 }
 _ACROSS_ROWS = ("Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K")
 _THREE_BITS = ("TRIT2 search", "TRIT2 imatrix", "TRIT2 gptq", "Q3_K", "IQ3_S")
+_DECODED = ("TRIT2 gptq", "TRIT2 tune", "TRIT3 gptq, all text")
 _BASE = {False: "base", True: "plain"}  # by --no-noise, as dither.py calls them
 
 
@@ -49,13 +50,13 @@ def main() -> None:
         chunks = ["--chunks", "2"] if options.quick else []
         _run(find_tool("llama-imatrix"), "-m", base, "-f", options.calibrate, "-o", imatrix, *chunks)
 
-    models: list[str] = []
+    targets: dict[str, Path] = {}
     wanted = _THREE_BITS if options.no_noise else (*_METHODS, *_ACROSS_ROWS)
     for label, arguments in _METHODS.items():
         if label not in wanted:
             continue
         target = folder / f"{name}-{label.replace(',', '').replace(' ', '-')}.gguf"
-        models.append(f"{label}={target}")
+        targets[label] = target
         if not target.is_file():
             files = {"imatrix.gguf": imatrix, "text": options.calibrate}
             extra: list[object] = [files.get(argument, argument) for argument in arguments]
@@ -68,8 +69,9 @@ def main() -> None:
     if not list(across.glob("*")):
         _run("bench/across_rows.py", "--base", base, "-o", across, *types, "--imatrix", imatrix)
         _run("bench/across_rows.py", "--base", base, "-o", across, "--type", "Q3_K")
-        ours = [path for method in ("gptq", "tune") for path in sorted(folder.glob(f"{name}-TRIT[23]-{method}*.gguf"))]
-        _run("bench/across_rows.py", "-o", across, *(part for path in ours for part in ("--decode", path)))
+        decoded = [part for label in _DECODED if label in targets for part in ("--decode", targets[label])]
+        _run("bench/across_rows.py", "-o", across, *decoded)
+    models = [f"{label}={target}" for label, target in targets.items()]
     for path in sorted(across.glob("*.gguf")):
         models.append(f"{path.stem.removeprefix(f'{name}-').replace('-', ' ')}={path}")
 
