@@ -1,0 +1,85 @@
+"""Checkpoints of the Hugging Face hub: all files from one commit."""
+
+import glob
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, logging
+
+from tritconv.errors import TritError, first_line
+from tritconv.weight_files import INDEXES, indexed, no_weights
+
+_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
+
+# consolidated.safetensors, where there is one, holds the same weights in another layout
+_WEIGHTS_WITHOUT_INDEX = ("model*.safetensors", "pytorch_model*.bin")
+
+
+def download(hub_id: str, revision: str | None) -> Path:
+    """The folder of a checkpoint's snapshot, with what a conversion reads. The folder's name is the commit.
+
+    Args:
+        hub_id: such as `Qwen/Qwen2.5-0.5B`.
+        revision: branch, tag or commit; None stands for the main branch.
+
+    Raises:
+        TritError: there is no such checkpoint, it cannot be had, or it has no weights that can be converted.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    logging.set_verbosity_error()  # what matters comes back as an exception
+    with _one_line_errors(hub_id, revision):
+        folder = _snapshot(hub_id, revision, _TEXT_FILES)
+        commit = folder.name  # what comes from here on is of this commit, whatever is pushed meanwhile
+        for index in INDEXES:
+            if (names := indexed(folder / index)) is not None:
+                return _snapshot(hub_id, commit, [*_TEXT_FILES, *map(glob.escape, names)])
+        for pattern in _WEIGHTS_WITHOUT_INDEX:
+            _snapshot(hub_id, commit, [*_TEXT_FILES, pattern])
+            if any(folder.glob(pattern)):
+                return folder
+        raise TritError(no_weights(hub_id, HfApi().list_repo_files(hub_id, revision=commit)))
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def _one_line_errors(hub_id: str, revision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as error:
+        raise TritError(
+            f"{hub_id} is gated: accept its terms on the hub, then set HF_TOKEN to a token of yours"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise TritError(f"{hub_id} has no revision {revision!r} on {constants.ENDPOINT}") from error
+    except RepositoryNotFoundError as error:
+        raise TritError(
+            f"{hub_id} is not on {constants.ENDPOINT}: check the id (a private model needs HF_TOKEN)"
+        ) from error
+    except HFValidationError as error:
+        raise TritError(f"{hub_id} is no hub id: {error}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise TritError(
+            f"{hub_id} is not in the cache and {constants.ENDPOINT} was not asked or does not answer: "
+            "check the network and HF_HUB_OFFLINE, or give a local folder"
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        raise TritError(f"{constants.ENDPOINT} refused {hub_id}: {first_line(error)}") from error
+    except OSError as error:
+        raise TritError(f"cannot download {hub_id} from {constants.ENDPOINT}: {error}") from error
