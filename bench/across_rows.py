@@ -30,6 +30,7 @@ from tritconv.gguf_source import open_gguf
 from tritconv.gguf_types import TRIT_TYPE
 from tritconv.methods.imatrix import read_imatrix
 from tritconv.model_file import read_model_file
+from tritconv.output import reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.writer import write
 from tritrun.comparison import contents
@@ -115,12 +116,12 @@ def write_decoded(source: Path, target: Path, threads: int = 1) -> None:
 def _write(header: GGUFWriter, tensors: list[SourceTensor], target: Path, threads: int) -> None:
     """Write tensors in the types that they have; embeddings and output matrix in Q8_0."""
     q8_0 = GGMLQuantizationType.Q8_0
-    with err.status(f"{target.name}") as status:
+    with err.status(f"{target.name}") as status, reserve(target, force=True) as output:
         write(
             header,
             tensors,
             TypePlan(1, q8_0, q8_0, q8_0),
-            target,
+            output,
             threads,
             lambda name, _: status.update(f"{target.name}: {name}"),
         )

@@ -29,6 +29,7 @@ from tritconv.convert import Job
 from tritconv.errors import TritError
 from tritconv.gguf_source import open_gguf
 from tritconv.model_file import read_model_file
+from tritconv.output import reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.writer import write
 
@@ -73,7 +74,8 @@ def write_gguf(source: Path, target: Path, seed: int | None) -> None:
     made = [_in_float16(tensor) for tensor in tensors]
     if seed is not None:
         made = [_with_noise(tensor, lattice, (seed, i)) for i, tensor in enumerate(made)]
-    write(header, made, plan, target, Job.threads, lambda name, n_bytes: None)
+    with reserve(target, force=True) as output:
+        write(header, made, plan, output, Job.threads, lambda name, n_bytes: None)
 
 
 def _in_float16(tensor: SourceTensor) -> SourceTensor:

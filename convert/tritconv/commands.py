@@ -1,29 +1,107 @@
-"""What the commands of tritconv and tritrun share: errors in one line, exit codes, examples in the help."""
+"""What the commands of tritconv and tritrun share: errors in one line, exit codes, signals, examples in the help."""
 
-from collections.abc import Callable
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from tritconv.console import error
-from tritconv.errors import TritError
+from tritconv.errors import Terminated, TritError, UsageError, first_line
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells do
+_FAILED, _MISUSED = 1, 2
+_KILLED = 128  # plus the number of the signal, as shells do
+_TRACEBACK = "TRIT_TRACEBACK"  # for developers: shows where an unexpected error came from
+
+_ParserError: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which typer does not name
 
 
 class Commands(TyperGroup):
-    """Turns what stops a command into one line on stderr and an exit code."""
+    """Turns what stops a command into one line on stderr and an exit code.
+
+    2 for misuse of the command line, 128 plus the number of a signal, 1 for everything else.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _one_line():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line(), _signals_raise():
             return super().invoke(ctx)
-        except TritError as problem:
-            error(problem)
-            raise typer.Exit(1) from problem
-        except KeyboardInterrupt as interrupt:
-            error("interrupted")
-            raise typer.Exit(_INTERRUPTED) from interrupt
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as problem:
+        raise _stopped(problem, _MISUSED) from problem
+    except TritError as problem:
+        raise _stopped(problem, _FAILED) from problem
+    except KeyboardInterrupt as interrupt:
+        raise _stopped("interrupted", _KILLED + signal.SIGINT) from interrupt
+    except Terminated as end:
+        raise _stopped(f"ended by {end.signal.name}", _KILLED + end.signal) from end
+    except _ParserError as problem:
+        message = problem.format_message()
+        if not message:  # no arguments at all: typer shows the help
+            raise
+        command = problem.ctx.command_path if problem.ctx else ""
+        raise _stopped(f"{message} See {command} --help" if command else message, _MISUSED) from problem
+    except MemoryError as problem:
+        raise _stopped(
+            "out of memory: close other programs, or take a smaller model or fewer tokens", _FAILED
+        ) from problem
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as problem:
+        if os.environ.get(_TRACEBACK) or (isinstance(problem, OSError) and problem.errno == errno.EPIPE):
+            raise
+        where = f"{problem.filename}: " if isinstance(problem, OSError) and problem.filename else ""
+        what = problem.strerror if isinstance(problem, OSError) and problem.strerror else first_line(problem)
+        advice = (
+            "" if isinstance(problem, OSError) else f"; this is a bug: {_TRACEBACK}=1 shows where, please report it"
+        )
+        raise _stopped(f"{where}{what} ({type(problem).__name__}){advice}", _FAILED) from problem
+
+
+def _stopped(what: object, exit_code: int) -> typer.Exit:
+    error(what)
+    return typer.Exit(exit_code)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within the context, what asks the process to end raises `Terminated`, so that files and children are cleaned up.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    names = ("SIGTERM", "SIGHUP")
+    wanted = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    changed = {number: signal.getsignal(number) for number in wanted if signal.getsignal(number) is signal.SIG_DFL}
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        for other in changed:
+            signal.signal(other, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        raise Terminated(signal.Signals(number))
+
+    for number in changed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, before in changed.items():
+            signal.signal(number, before)
 
 
 def new_app(name: str, summary: str, version: Callable[[], str]) -> typer.Typer:

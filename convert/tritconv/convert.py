@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 import tritconv
+from tritconv import loads
 from tritconv.allocate import FileSize
 from tritconv.calibrate import CalibrationOptions, Origin, calibrate
 from tritconv.checkpoint import find_checkpoint
@@ -30,8 +31,9 @@ from tritconv.lattice import LatticeImport
 from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
 from tritconv.model_file import read_model_file
+from tritconv.output import Output, reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule
-from tritconv.writer import Written, header_bytes, write
+from tritconv.writer import Written, header_bytes, write, write_outline
 
 # How file names end that say their type: model-F16, model.Q4_K_M
 _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORECASE)
@@ -39,14 +41,14 @@ _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORE
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for. `output` None stands for `<model>-TRIT<depth>.gguf` in the current folder.
+    """What the user asked for. `output_path` None stands for `<model>-TRIT<depth>.gguf` in the current folder.
 
     `rules` are for single tensors, on top of `plan`. A `calibration` makes a quantizer of its own. `label` takes the
     place of the type in the name of the file.
     """
 
     plan: TypePlan
-    output: Path | None = None
+    output_path: Path | None = None
     force: bool = False
     threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quantizer: Quantizer = field(default_factory=Search)
@@ -54,18 +56,9 @@ class Job:
     calibration: CalibrationOptions | None = None
     label: str | None = None
 
-    def target(self, model: str) -> Path:
-        """Where the file goes.
-
-        Raises:
-            TritError: there is a file already, and --force was not given.
-        """
-        target = self.output or Path(f"{model}-{self.label or f'TRIT{self.plan.depth}'}.gguf")
-        if target.is_dir():
-            raise TritError(f"{target} is a folder: name a file with -o")
-        if target.exists() and not self.force:
-            raise TritError(f"{target} exists: give --force to replace it, or another name with -o")
-        return target
+    def output(self, model: str) -> AbstractContextManager[Output]:
+        """The file to write, for a model of that name. Entering raises TritError, as `reserve` has it."""
+        return reserve(self.output_path or Path(f"{model}-{self.label or f'TRIT{self.plan.depth}'}.gguf"), self.force)
 
 
 def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
@@ -73,35 +66,36 @@ def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
     model = source.rstrip("/").rpartition("/")[2]
     if model in ("", ".", ".."):
         model = Path(source).resolve().name
-    target = job.target(model)
-    folder = find_checkpoint(source, revision)
-    from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
+    with job.output(model) as output:
+        folder = find_checkpoint(source, revision)
+        from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
 
-    def read() -> _Source:
-        with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
-            checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
-        return checkpoint.header, checkpoint.tensors
+        def read() -> _Source:
+            with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
+                checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
+            return checkpoint.header, checkpoint.tensors
 
-    return _convert(read, Origin(folder), source if from_hub else model, target, job)
+        return _convert(read, Origin(folder), source if from_hub else model, output, job)
 
 
 def gguf_to_gguf(source: Path, job: Job) -> Written:
     """Convert a GGUF file. Raises TritError."""
     read_model_file(source)  # checks the header before anything trusts it
-    target = job.target(_TYPE_SUFFIX.sub("", source.name.removesuffix(".gguf")))
-    if target.exists() and target.samefile(source):
-        raise TritError(f"{target} is the source itself: name another file with -o")
-    return _convert(lambda: open_gguf(source), Origin(source.parent, source.name), source.name, target, job)
+    with job.output(_TYPE_SUFFIX.sub("", source.name.removesuffix(".gguf"))) as output:
+        if output.target.exists() and output.target.samefile(source):
+            raise TritError(f"{output.target} is the source itself: name another file with -o")
+        return _convert(lambda: open_gguf(source), Origin(source.parent, source.name), source.name, output, job)
 
 
 _Source = tuple[GGUFWriter, list[SourceTensor]]
 
 
-def _convert(read: Callable[[], _Source], origin: Origin, name: str, target: Path, job: Job) -> Written:
+def _convert(read: Callable[[], _Source], origin: Origin, name: str, output: Output, job: Job) -> Written:
     header, tensors = read()
     plan = job.plan.with_rules(job.rules, tensors)
+    _check_outline(header, tensors, plan, name, output)
     if job.calibration is None:
-        return _write(header, tensors, plan, job.quantizer, name, target, job)
+        return _write(header, tensors, plan, job.quantizer, name, output, job)
     options = job.calibration
     if isinstance(options.budget, FileSize):
         rest = header_bytes(header, tensors, plan) + sum(
@@ -111,7 +105,17 @@ def _convert(read: Callable[[], _Source], origin: Origin, name: str, target: Pat
     calibration = calibrate(origin, header.arch, tensors, plan, options)
     header, tensors = read()  # tensors are loaded once, and the calibration has done that
     header.add_array("trit.calibration", calibration.description)
-    return _write(header, calibration.with_norms(tensors), calibration.plan, calibration.quantizer, name, target, job)
+    return _write(header, calibration.with_norms(tensors), calibration.plan, calibration.quantizer, name, output, job)
+
+
+def _check_outline(
+    header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan, name: str, output: Output
+) -> None:
+    """See, before the work, that the disk holds the file to come and llama.cpp would load it. Raises TritError."""
+    with err.status("asking llama.cpp") if err.is_terminal else nullcontext():
+        output.check_space(write_outline(header, tensors, plan, output.partial))
+        if (why := loads.refusal(output.partial)) is not None:
+            raise TritError(f"{name}: llama.cpp would not load what comes of it: {why}")
 
 
 def _write(
@@ -120,7 +124,7 @@ def _write(
     plan: TypePlan,
     method: Quantizer,
     source: str,
-    target: Path,
+    output: Output,
     job: Job,
 ) -> Written:
     quantizer = LatticeImport(method)
@@ -157,4 +161,4 @@ def _write(
             header.kv_data[0]["trit.imported"].value = quantizer.n_imported  # the header is written again at the end
             progress.update(task, advance=count, tensor=f"{done}/{len(tensors)} {one_line(name)}")
 
-        return write(header, tensors, plan, target, job.threads, advance, quantizer)
+        return write(header, tensors, plan, output, job.threads, advance, quantizer)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from tritconv.errors import NotFiniteError
+from tritconv.errors import NotFiniteError, RangeError
+from tritconv.format import BLOCK_SIZE
 from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.methods import Quantizer
+from tritconv.methods.search import check_reach
 from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
 
@@ -54,7 +56,8 @@ class Encoder:
 
         Raises:
             NotFiniteError: a value is NaN or infinite; `index` counts from the start of the tensor.
-            RangeError: a TRIT type cannot hold a block; `block` counts from the start of the tensor.
+            RangeError: the type cannot hold a block, or the tensor is too small for it; `block` counts from the start
+                of the tensor.
         """
         finite = np.concatenate(self._workers.map(lambda chunk: np.isfinite(chunk.rows).all(axis=1), values))
         if not finite.all():
@@ -63,14 +66,19 @@ class Encoder:
             raise NotFiniteError(row * width + int(np.flatnonzero(~np.isfinite(values.reshape(-1, width)[row]))[0]))
 
         if (depth := DEPTH_OF_TYPE.get(qtype)) is not None:
+            check_reach(values, depth, self._workers)
             data = self._quantizer.quantize(tensor, values, depth, self._workers)
         else:
-            data = np.concatenate(self._workers.map(lambda chunk: quants.quantize(chunk.rows, qtype), values))
+            with np.errstate(over="ignore"):  # what does not fit is found below
+                data = np.concatenate(self._workers.map(lambda chunk: quants.quantize(chunk.rows, qtype), values))
         return self._measured(values, data, qtype)
 
     def _measured(self, values: np.ndarray, data: np.ndarray, qtype: GGMLQuantizationType) -> Encoded:
         def sums(chunk: Chunk) -> tuple[float, float]:
             stored = quants.dequantize(data[chunk.place], qtype)
+            if not np.isfinite(stored).all():  # float16 ends at 65504, as a value and as the scale of a block
+                block = int(np.flatnonzero(~np.isfinite(stored.ravel()))[0]) // BLOCK_SIZE
+                raise RangeError(block, float(np.abs(chunk.rows).max()), f"above the range of {qtype.name}")
             lost = (chunk.rows - stored).ravel().astype(np.float64)
             whole = chunk.rows.ravel().astype(np.float64)
             return float(lost @ lost), float(whole @ whole)

@@ -1,8 +1,22 @@
-"""Errors that a user can mend. The command line prints them as one line and exits with 1."""
+"""Errors that a user can mend. The command line prints them as one line and exits with 1, or with 2 for misuse."""
+
+import signal
 
 
 class TritError(Exception):
     """Something is wrong with the input or the machine; the message says what, where and how to mend it."""
+
+
+class UsageError(TritError):
+    """The command line asks for what makes no sense, whatever the files hold."""
+
+
+class Terminated(BaseException):
+    """The process was asked to end: `signal` is SIGTERM or SIGHUP. Like KeyboardInterrupt, no error to handle."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number)
+        self.signal = number
 
 
 class NotFiniteError(TritError):

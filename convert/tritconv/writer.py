@@ -1,13 +1,10 @@
 """Writes a GGUF file in one pass: a tensor at a time is read, encoded, written and forgotten.
 
-The file grows beside its target under a temporary name; only a whole one takes the target's place. The header
-has the same length whatever the types are, so it is written first as planned, and again at the end with the
-types that the tensors really got.
+The header has the same length whatever the types are, so it is written first as planned, and again at the end with
+the types that the tensors really got.
 """
 
-import errno
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +20,7 @@ from tritconv.encode import Encoded, Encoder, n_bytes
 from tritconv.errors import NotFiniteError, RangeError, TritError
 from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
+from tritconv.output import Output
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.workers import Workers
 
@@ -58,12 +56,12 @@ def write(
     header: GGUFWriter,
     tensors: Sequence[SourceTensor],
     plan: TypePlan,
-    target: Path,
+    output: Output,
     threads: int,
     progress: Progress,
     quantizer: Quantizer | None = None,
 ) -> Written:
-    """Encode tensors and write them to `target`.
+    """Encode tensors and publish the file of them.
 
     Args:
         header: holds the metadata; its tensors are replaced. Until the last call of `progress` returns, values that
@@ -71,41 +69,54 @@ def write(
         quantizer: makes the blocks of TRIT types; None stands for the search.
 
     Raises:
-        TritError: a weight is NaN or infinite, or the file cannot be written. `target` is as it was.
+        TritError: a weight is NaN or infinite, the disk is too small, or what has been written is not valid.
+        OSError: the file cannot be written.
     """
     start = time.monotonic()
     quantizer = quantizer or Search()
     _list_tensors(header, tensors, plan)
-    _check_space(header, target)
-
-    partial = target.with_name(f".{target.name}.part")
+    output.check_space(_data_bytes(header))
     try:
         with Workers(threads) as workers:
-            stored = _write_file(header, tensors, plan, partial, Encoder(quantizer, workers), progress)
-        os.replace(partial, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise TritError(f"no space left for {target}: free some, or choose another folder with -o") from error
-        raise TritError(f"cannot write {target}: {error.strerror or error}") from error
+            stored = _write_file(header, tensors, plan, output.partial, Encoder(quantizer, workers), progress)
     finally:
         with suppress(OSError):
             header.close()
-        with suppress(FileNotFoundError):
-            partial.unlink()
-    return Written(target, target.stat().st_size, time.monotonic() - start, stored, quantizer.remarks())
+    output.publish()
+    size = output.target.stat().st_size
+    return Written(output.target, size, time.monotonic() - start, stored, quantizer.remarks())
 
 
 def header_bytes(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan) -> int:
     """What a file's metadata and list of tensors take, about: `write` adds some metadata of its own."""
-    _list_tensors(header, tensors, plan)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header"
-        _write_header(header, path)
-        header.close()
-        size = path.stat().st_size
+        return _write_header_alone(header, tensors, plan, Path(folder) / "header")
+
+
+def write_outline(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan, path: Path) -> int:
+    """Write the header of a file, and data of zeros that take no room on the disk: what llama.cpp looks at first.
+
+    Returns:
+        The size of the file to come, in bytes.
+    """
+    size = _write_header_alone(header, tensors, plan, path)
+    size += GGUFWriter.ggml_pad(size, header.data_alignment) - size + _data_bytes(header)
+    os.truncate(path, size)
+    return size
+
+
+def _write_header_alone(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan, path: Path) -> int:
+    """Returns its length in bytes. `header` is as it was."""
+    _list_tensors(header, tensors, plan)
+    _write_header(header, path)
+    header.close()
     header.fout = None
     header.state = WriterState.NO_FILE
-    return size
+    return path.stat().st_size
+
+
+def _data_bytes(header: GGUFWriter) -> int:
+    return sum(GGUFWriter.ggml_pad(info.nbytes, header.data_alignment) for info in header.tensors[0].values())
 
 
 def _list_tensors(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan) -> None:
@@ -118,18 +129,6 @@ def _list_tensors(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: Typ
             np.dtype(np.uint8),
             n_bytes(tensor.shape, qtype),
             raw_dtype=qtype,
-        )
-
-
-def _check_space(header: GGUFWriter, target: Path) -> None:
-    needed = sum(info.nbytes for info in header.tensors[0].values())
-    if not target.parent.is_dir():
-        raise TritError(f"cannot write {target}: the folder {target.parent} does not exist")
-    free = shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise TritError(
-            f"no space left for {target}: it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
-            "free some, or choose another folder with -o"
         )
 
 
@@ -183,12 +182,15 @@ def _store(
     reason = None
     if planned is not wanted:
         reason = f"its rows of {tensor.shape[-1]} weights are no multiple of {wanted.name}'s block"
+    # what llama.cpp wants in a type of its own, it does not take in blocks
+    fallback = (plan.fallback_of(tensor),) if tensor.kept_type is None else ()
     try:
-        try:
-            encoded = encoder.encode(tensor, values, planned)
-        except RangeError as error:
-            planned, reason = plan.fallback_of(tensor), str(error)
-            encoded = encoder.encode(tensor, values, planned)
+        for qtype in dict.fromkeys((planned, *fallback, GGMLQuantizationType.F32)):
+            try:
+                encoded = encoder.encode(tensor, values, qtype)
+                return encoded.data, _outcome(tensor, qtype, encoded, reason)
+            except RangeError as error:
+                reason = reason or str(error)
     except NotFiniteError as error:
         index = tuple(int(i) for i in np.unravel_index(error.index, tensor.shape))
         value = values[index]
@@ -196,7 +198,7 @@ def _store(
             f"tensor {tensor.name} holds {value} at {list(index)}: the checkpoint is damaged or was saved "
             "mid-training; no such weight can be quantized"
         ) from None
-    return encoded.data, _outcome(tensor, planned, encoded, reason)
+    raise AssertionError("every finite weight fits into F32")
 
 
 def _outcome(

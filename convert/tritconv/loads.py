@@ -1,0 +1,75 @@
+"""Asks llama.cpp whether it would load a model: names, shapes and number of tensors, vocabulary, metadata.
+
+Only the header is read and no memory is taken for the weights, so the file may be a sparse one without data. That
+happens in a process of its own: what llama.cpp does not expect may abort it.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_SECONDS = 300  # more than the largest vocabulary takes
+_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_CONTEXT = 64  # tokens: any size shows whether the graph can be built
+
+
+def refusal(path: Path) -> str | None:
+    """Why llama.cpp would not load or run the GGUF file at `path`; None if it would, or if it is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
+    command = [sys.executable, "-I", "-m", __spec__.name, str(path)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_SECONDS} seconds"
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    return _last_words(done)
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """What a child that died said: the failed assertion, or its last line."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    said = next((line for line in lines if "GGML_ASSERT" in line or "GGML_ABORT" in line), lines[-1] if lines else "")
+    end = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+    return f"{said} ({end})" if said else end
+
+
+def _first_error(path: str) -> str | None:
+    import ctypes
+
+    import llama_cpp
+
+    errors: list[str] = []
+
+    def on_log(level: int, text: bytes, _: Any) -> None:
+        if level == _ERROR_LEVEL:
+            errors.append(text.decode(errors="replace").strip())
+
+    callback = llama_cpp.llama_log_callback(on_log)  # in a variable, as the library calls it until the end
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    options = llama_cpp.llama_model_default_params()
+    options.no_alloc = True
+    options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    options.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(path.encode(), options)
+    if not model:
+        return errors[0] if errors else "no reason given"
+    context_options = llama_cpp.llama_context_default_params()
+    context_options.n_ctx = context_options.n_batch = context_options.n_ubatch = _CONTEXT
+    context = llama_cpp.llama_init_from_model(model, context_options)
+    return None if context else (errors[0] if errors else "no context")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_first_error(sys.argv[1])), flush=True)
+    os._exit(0)  # the model was never there whole: nothing to free

@@ -1,0 +1,118 @@
+"""The file that a conversion writes: checked and locked before work begins, in place only when it is whole."""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tritconv.errors import TritError
+
+if sys.platform != "win32":
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Output:
+    """A file in the making.
+
+    Attributes:
+        target: its place in the end.
+        partial: where it grows, in the same folder. No other run writes there.
+        published: whether it has taken its place.
+    """
+
+    def __init__(self, target: Path, force: bool) -> None:
+        self.target = target
+        self.partial = target.with_name(f".{target.name}.part")
+        self.published = False
+        self._force = force
+
+    def check_space(self, n_bytes: int) -> None:
+        """See that the disk holds so much. Raises TritError."""
+        free = shutil.disk_usage(self.target.parent).free
+        if n_bytes > free:
+            raise TritError(
+                f"no space left for {self.target}: it needs {n_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+                "free some, or choose another folder with -o"
+            )
+
+    def publish(self) -> None:
+        """Give the whole file its place. Raises TritError where a file has come there meanwhile."""
+        if self.target.exists() and not self._force:
+            raise _exists(self.target)
+        with self.partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.partial, self.target)
+        self.published = True
+
+
+@contextmanager
+def reserve(target: Path, force: bool) -> Iterator[Output]:
+    """See that `target` can be written, and keep other runs from writing it meanwhile.
+
+    Unless `publish` is called, `target` is as it was afterwards; nothing else is left in any case.
+
+    Args:
+        force: replace a file that is there.
+
+    Raises:
+        TritError: the file is there, another run writes it, or it cannot be written, now or within the context.
+    """
+    place = Path(os.path.realpath(target))  # a link stays, and what it leads to is replaced
+    output = Output(place, force)
+    try:
+        _check_place(place, target, force)
+        lock = _lock(output.partial, target)
+        try:
+            yield output
+        finally:
+            if not output.published:
+                with suppress(OSError):  # on a file system that fails, what stopped the work is told
+                    output.partial.unlink()
+            if lock is not None:
+                os.close(lock)
+    except OSError as error:
+        if error.filename not in (None, str(output.partial), str(place)):
+            raise  # of another file
+        if error.errno in _NO_SPACE:
+            raise TritError(f"no space left for {target}: free some, or choose another folder with -o") from error
+        raise TritError(f"cannot write {target}: {error.strerror or error}; choose another place with -o") from error
+
+
+def _check_place(place: Path, target: Path, force: bool) -> None:
+    if place.is_dir():
+        raise TritError(f"{target} is a folder: name a file with -o")
+    if place.exists() and not place.is_file():
+        raise TritError(f"{target} is no regular file: name another one with -o")
+    if place.exists() and not force:
+        raise _exists(target)
+    if not place.parent.is_dir():
+        raise TritError(f"cannot write {target}: the folder {target.parent} does not exist")
+
+
+def _lock(partial: Path, target: Path) -> int | None:
+    """A descriptor that holds the lock of `partial`, if there are locks. What a killed run has left is written over."""
+    while True:
+        file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+        if sys.platform == "win32":
+            os.close(file)  # an open file could not be renamed there
+            return None
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise TritError(f"another run is writing {target}: wait for it, or choose another name with -o") from None
+        except OSError:
+            return file  # the file system has no locks
+        # another run may have published or removed the file between the two calls
+        if partial.exists() and os.path.samestat(os.fstat(file), partial.stat()):
+            return file
+        os.close(file)
+
+
+def _exists(target: Path) -> TritError:
+    return TritError(f"{target} exists: give --force to replace it, or another name with -o")
