@@ -1,4 +1,5 @@
 # Two commands matter: `make demo` and `make test`. Both make what is missing, and a second run makes nothing again.
+# `make check` is for those who change Python: it compiles nothing.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -35,7 +36,7 @@ BACKEND_OPS := -o MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY -p '^(?!.*n_mats=(32|
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build lint format clean
+.PHONY: help demo test check bench build lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -45,10 +46,13 @@ help: ## show this list
 demo: $(DEMO_TRIT) ## install, build, convert the demo model and let it answer
 	$(BIN)/tritrun chat $(DEMO_TRIT) --prompt "What is the capital of France?" --system "" --temp 0
 
-test: lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
+test: build lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
 	build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BACKEND_OPS) > build/test-backend-ops.log \
 	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
 	$(BIN)/python -m pytest
+
+check: lint ## lint, and the tests that need no compiled llama.cpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not build" --numprocesses $(CPUS)
 
 bench: $(DEMO_GGUF) ## measure speed beside other types: BENCH_FLAGS="--models llama-1b --cpu haswell"
 	$(BIN)/python bench/speed.py $(BENCH_FLAGS)
@@ -78,12 +82,14 @@ $(VENV)/tools:
 	$(PIP) install $(TORCH)
 	@touch $@
 
-# The libraries come first: pyproject.toml asks for exactly the builds that build.py installs.
-$(VENV)/packages: pyproject.toml $(VENV)/tools | build
+# The patched Python parts come first: pyproject.toml asks for exactly these builds of gguf and llama-cpp-python.
+# `make build` puts the libraries under them.
+$(VENV)/packages: pyproject.toml $(VENV)/tools
+	$(BIN)/python vendor/llama.cpp-patch/build.py --python-only
 	$(PIP) install --editable '.[dev]'
 	@touch $@
 
-$(DEMO_GGUF): models/manifest.json | $(VENV)/packages
+$(DEMO_GGUF): models/manifest.json | build $(VENV)/packages
 	$(BIN)/python models/fetch.py $(DEMO_MODEL)
 	@touch $@
 

@@ -448,7 +448,7 @@ def built(tmp_path: Path) -> wheels.Wheels:
 
 
 def test_wheel_holds_libraries_tools_and_conversion(built: wheels.Wheels) -> None:
-    stage = built.stage("key")
+    stage = built.stage("key", built.libraries(), built.tools())
     assert sorted(path.name for path in (stage / "llama_cpp" / "bin").iterdir()) == sorted(wheels.TOOLS)
     assert sorted(path.name for path in (stage / "llama_cpp" / "lib").iterdir()) == ["build.key", *LIBRARIES]
     assert (stage / wheels.KEY_FILE).read_text() == "key"
@@ -456,10 +456,11 @@ def test_wheel_holds_libraries_tools_and_conversion(built: wheels.Wheels) -> Non
 
 
 def test_key_follows_source_and_binaries(built: wheels.Wheels) -> None:
-    keys = {built.key("one"), built.key("one"), built.key("two")}
-    write(built.tools()[0], "another build")
-    keys.add(built.key("one"))
-    assert len(keys) == 3
+    binaries = built.tools()
+    keys = {built.key("one", binaries), built.key("one", binaries), built.key("two", binaries), built.key("one", [])}
+    write(binaries[0], "another build")
+    keys.add(built.key("one", binaries))
+    assert len(keys) == 4
 
 
 def test_a_python_outside_an_environment_is_refused(built: wheels.Wheels, tmp_path: Path) -> None:
@@ -469,3 +470,18 @@ def test_a_python_outside_an_environment_is_refused(built: wheels.Wheels, tmp_pa
     outside = wheels.Wheels(built.source, built.binaries, built.folder, python)
     with pytest.raises(BuildError, match="in no virtual environment"):
         outside.install("key")
+
+
+def test_python_parts_are_installed_where_no_build_of_the_source_is(
+    built: wheels.Wheels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed: list[str] = []
+    monkeypatch.setattr(wheels.Wheels, "_packages", lambda self: tmp_path)
+    monkeypatch.setattr(wheels.Wheels, "_install", lambda self, key, libraries, tools: installed.append(key))
+    assert built.install_python("source")
+    write(tmp_path / wheels.KEY_FILE, installed[0])
+    assert not built.install_python("source")
+    write(tmp_path / wheels.KEY_FILE, built.key("source", built.tools()))  # a whole build is as good
+    assert not built.install_python("source")
+    assert built.install_python("another source")
+    assert len(installed) == 2

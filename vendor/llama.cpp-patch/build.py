@@ -71,6 +71,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--check-patch", action="store_true", help="only check that the series applies; keep nothing")
     stop.add_argument("--source-only", action="store_true", help="stop after patching")
+    stop.add_argument(
+        "--python-only",
+        action="store_true",
+        help="compile nothing: install the Python parts (gguf, conversion, bindings), unless a build of this source is "
+        "installed already",
+    )
     return parser.parse_args(arguments)
 
 
@@ -98,6 +104,11 @@ def build(options: argparse.Namespace) -> None:
     print(f"source: {folder / 'src'} ({len(changed)} files changed)")
     if options.source_only:
         return
+    wheels = Wheels(folder / "src", folder / "cmake" / "bin", folder / "wheel", options.python)
+    if options.python_only:
+        done = "installed" if wheels.install_python(patches.key()) else "already installed"
+        print(f"{source.PACKAGE} without libraries, and gguf: {done} for {options.python}")
+        return
 
     compilers = toolchain.find_compilers()
     flags: tuple[str, ...] = ()
@@ -124,7 +135,6 @@ def build(options: argparse.Namespace) -> None:
     if options.target:
         return
 
-    wheels = Wheels(folder / "src", work.folder / "bin", folder / "wheel", options.python)
     done = "installed" if wheels.install(patches.key()) else "already installed"
     print(f"{source.PACKAGE} and gguf: {done} for {options.python}")
 

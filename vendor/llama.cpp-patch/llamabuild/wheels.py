@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +45,10 @@ class Wheels:
         """Return the command-line tools that go into ``llama_cpp/bin``."""
         return [self.binaries / name for name in TOOLS]
 
-    def key(self, source_key: str) -> str:
-        """Return a hash over the source and the state of every binary: equal keys give equal wheels."""
-        binaries = [*self.libraries(), *self.tools()]
+    def key(self, source_key: str, binaries: Sequence[Path]) -> str:
+        """Return the source's key and a hash over the state of every binary: equal keys give equal wheels."""
         states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in binaries]
-        return hashlib.sha256(f"{source_key} {states}".encode()).hexdigest()
+        return f"{source_key} {hashlib.sha256(str(states).encode()).hexdigest()}"
 
     def install(self, source_key: str) -> bool:
         """Make and install the wheels unless this very build is installed; return whether it did.
@@ -56,14 +56,35 @@ class Wheels:
         Raises:
             BuildError: the interpreter is in no virtual environment, pip fails, or the tools do not run.
         """
+        key = self.key(source_key, [*self.libraries(), *self.tools()])
+        packages = self._packages()
+        if _installed_key(packages) == key:
+            return False
+        self._install(key, self.libraries(), self.tools())
+        run([packages / "llama_cpp" / "bin" / "llama-server", "--version"])
+        return True
+
+    def install_python(self, source_key: str) -> bool:
+        """Install the wheels without libraries and tools, unless there is any build of this source.
+
+        Return whether it did.
+
+        Raises:
+            BuildError: the interpreter is in no virtual environment, or pip fails.
+        """
+        if _installed_key(self._packages()).startswith(f"{source_key} "):
+            return False
+        self._install(self.key(source_key, []), [], [])
+        return True
+
+    def _packages(self) -> Path:
         in_venv, packages = run([self.python, "-c", ENVIRONMENT]).splitlines()
         if in_venv != "True":
             raise BuildError(f"{self.python} is in no virtual environment; `make build` makes one")
-        key = self.key(source_key)
-        installed = Path(packages) / KEY_FILE
-        if installed.exists() and installed.read_text(encoding="utf-8") == key:
-            return False
-        bindings = self.stage(key)
+        return Path(packages)
+
+    def _install(self, key: str, libraries: Sequence[Path], tools: Sequence[Path]) -> None:
+        bindings = self.stage(key, libraries, tools)
         pip = [str(self.python), "-m", "pip", "--disable-pip-version-check"]
         made = self.folder / "made"
         shutil.rmtree(made, ignore_errors=True)
@@ -71,10 +92,8 @@ class Wheels:
         build: list[str | Path] = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", made]
         run([*build, bindings, self.source / LLAMA_CPP / "gguf-py"])
         run([*pip, "install", "--no-deps", "--force-reinstall", *sorted(made.glob("*.whl"))])
-        run([Path(packages) / "llama_cpp" / "bin" / "llama-server", "--version"])
-        return True
 
-    def stage(self, key: str) -> Path:
+    def stage(self, key: str, libraries: Sequence[Path], tools: Sequence[Path]) -> Path:
         """Lay out the bindings, the libraries and the tools as one source tree; return its folder."""
         stage = self.folder / "stage"
         shutil.rmtree(stage, ignore_errors=True)
@@ -82,10 +101,15 @@ class Wheels:
             shutil.copytree(self.source / folder, stage / folder)
         for file in BINDINGS_FILES:
             shutil.copy2(self.source / file, stage / file)
-        for name, files in (("lib", self.libraries()), ("bin", self.tools())):
+        for name, files in (("lib", libraries), ("bin", tools)):
             target = stage / "llama_cpp" / name
             target.mkdir()
             for file in files:
                 shutil.copy2(file, target)
         (stage / KEY_FILE).write_text(key, encoding="utf-8")
         return stage
+
+
+def _installed_key(packages: Path) -> str:
+    installed = packages / KEY_FILE
+    return installed.read_text(encoding="utf-8") if installed.exists() else ""
