@@ -1,7 +1,9 @@
 """Tiny GGUF files for tests: a Llama with random weights that llama.cpp loads, and bare headers."""
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -95,17 +97,36 @@ def _weights(seed: int, noise: float, hidden: int) -> dict[str, np.ndarray]:
     return tensors
 
 
-def string(text: str) -> bytes:
+def string(text: str | bytes) -> bytes:
     """A GGUF string."""
-    return struct.pack("<Q", len(text.encode())) + text.encode()
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw
+
+
+_CODES = dict(zip(gguf.GGUFValueType, "BbHhIif?__Qqd", strict=True))
+
+
+def _packed(value_type: gguf.GGUFValueType, value: Any) -> bytes:
+    return string(value) if value_type is gguf.GGUFValueType.STRING else struct.pack(f"<{_CODES[value_type]}", value)
+
+
+def entry(key: str, value_type: gguf.GGUFValueType, value: Any) -> bytes:
+    """A metadata entry with one value, of any type but a list."""
+    return string(key) + struct.pack("<I", value_type) + _packed(value_type, value)
+
+
+def list_entry(key: str, element_type: gguf.GGUFValueType, values: Sequence[Any]) -> bytes:
+    """A metadata entry with a list."""
+    head = struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, element_type, len(values))
+    return string(key) + head + b"".join(_packed(element_type, value) for value in values)
 
 
 def u32_entry(key: str, value: int) -> bytes:
     """A metadata entry with a uint32."""
-    return string(key) + struct.pack("<II", 4, value)
+    return entry(key, gguf.GGUFValueType.UINT32, value)
 
 
-def tensor_entry(name: str, type_id: int, shape: tuple[int, ...], offset: int = 0) -> bytes:
+def tensor_entry(name: str | bytes, type_id: int, shape: tuple[int, ...], offset: int = 0) -> bytes:
     """An entry of the tensor table; `shape` has the row length first."""
     return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_id, offset)
 

@@ -1,13 +1,17 @@
 """GGUF files as a source: metadata and tensors of any type that gguf-py can dequantize."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
-from gguf.gguf_reader import ReaderTensor
+from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
+from tritconv.codec import validate
 from tritconv.errors import TritError
+from tritconv.format import BYTES_PER_BLOCK
+from tritconv.gguf_types import DEPTH_OF_TYPE
+from tritconv.model_file import ModelFile, Tensor, parts_of, raw_values, read_model_file
 from tritconv.plan import Kind, SourceTensor, kind_of
 
 # Matrices that llama.cpp computes with in float only; its converter keeps the same ones.
@@ -38,42 +42,100 @@ _FLOAT_ONLY = {
 
 _INTEGERS = [GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64")]
 
-_REPLACED_KEYS = ("general.architecture", "general.file_type", "general.quantization_version")
+_DTYPES = {
+    GGMLQuantizationType[name]: np.dtype(dtype)
+    for name, dtype in {
+        "F16": "<f2",
+        "F32": "<f4",
+        "F64": "<f8",
+        "I8": "i1",
+        "I16": "<i2",
+        "I32": "<i4",
+        "I64": "<i8",
+    }.items()
+}  # of the types whose values are stored as they are; those of all others are blocks of bytes
+
+# Keys that tell how the source is stored or was made, which is not how the file to write is.
+_NOT_COPIED = re.compile(
+    r"general\.(architecture|alignment|file_type|quantiz\w+)|(imatrix|mradermacher|quantize|split|trit)\..*", re.DOTALL
+)
+
+_NO_MODELS = {
+    "adapter": "a LoRA adapter, not a model: merge it into its model before the conversion",
+    "imatrix": "an importance matrix, not a model: give it with --imatrix, and a model as the source",
+    "mmproj": "the vision or audio part of a model (mmproj): convert the language model, and use this file as it is",
+    "controlvector": "a control vector, not a model: convert the model, and use this file as it is",
+}
 
 
 def open_gguf(path: Path) -> tuple[GGUFWriter, list[SourceTensor]]:
-    """The metadata and the tensors of a GGUF file whose header has been checked.
+    """The metadata and the tensors of a GGUF file; of all parts, if the file is one of several.
 
     Raises:
-        TritError: the file is one part of several, or holds a type that cannot be dequantized.
+        TritError: the file or another part is missing or damaged, or is no model.
     """
-    reader = GGUFReader(path)
-    if (count := reader.get_field("split.count")) is not None and count.contents() > 1:
-        raise TritError(f"{path} is one of {count.contents()} parts: join them with llama-gguf-split --merge")
-    return _copy_metadata(reader), [_source_tensor(path, tensor) for tensor in reader.tensors]
+    parts = parts_of(read_model_file(path))
+    _refuse_others(path, parts)
+    return _copy_metadata(parts[0]), [tensor for part in parts for tensor in _source_tensors(part)]
 
 
-def _copy_metadata(reader: GGUFReader) -> GGUFWriter:
-    architecture = reader.get_field("general.architecture")
-    header = GGUFWriter(None, arch=architecture.contents() if architecture else "unknown")
-    for field in reader.fields.values():
-        if field.name.startswith(("GGUF.", "split.", "trit.")) or field.name in _REPLACED_KEYS:
+def _refuse_others(path: Path, parts: tuple[ModelFile, ...]) -> None:
+    """Refuse what is a GGUF file but no model, by what it is."""
+    metadata = parts[0].metadata
+    architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if kind == "model":
+        kind = {"clip": "mmproj", "controlvector": "controlvector"}.get(str(architecture), kind)
+    if kind != "model":
+        raise TritError(f"{path} is {_NO_MODELS.get(str(kind), f'of the type {kind}, not a model')}")
+    names = [tensor.name for part in parts for tensor in part.tensors]
+    if any(name.endswith((".lora_a", ".lora_b")) for name in names):
+        raise TritError(f"{path} is {_NO_MODELS['adapter']}")
+    if names and all(name.endswith((".in_sum2", ".counts")) for name in names):
+        raise TritError(f"{path} is {_NO_MODELS['imatrix']}")
+    if not names:
+        what = "only a vocabulary" if parts[0].vocabulary_size else "no tensors"
+        raise TritError(f"{path} holds {what}: convert a file with the model's weights")
+    if not architecture:
+        raise TritError(f"{path} does not say of which architecture it is (general.architecture): it is no model")
+
+
+def _copy_metadata(model: ModelFile) -> GGUFWriter:
+    header = GGUFWriter(None, arch=str(model.metadata["general.architecture"]))
+    for key, field, value in raw_values(model):
+        if _NOT_COPIED.fullmatch(key):
             continue
-        value_type = field.types[0]
-        sub_type = field.types[-1] if value_type is GGUFValueType.ARRAY else None
-        value = field.contents()
-        if value_type is GGUFValueType.ARRAY and not len(value):
+        if field.type is GGUFValueType.ARRAY and not value:  # as good as no key, and all that gguf-py can write
             continue
-        header.add_key_value(field.name, value, value_type, sub_type)
+        header.add_key_value(key, value, field.type, field.element_type)
     return header
 
 
-def _source_tensor(path: Path, tensor: ReaderTensor) -> SourceTensor:
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    if _is_matrix(tensor.name, shape, tensor.tensor_type):
-        return SourceTensor(tensor.name, shape, kind_of(tensor.name), _dequantize(path, tensor, shape))
-    data = np.asarray(tensor.data)
-    return SourceTensor(tensor.name, shape, Kind.KEPT, lambda: data, kept_type=tensor.tensor_type)
+def _source_tensors(model: ModelFile) -> list[SourceTensor]:
+    if not model.tensors:
+        return []
+    data = np.memmap(model.path, dtype=np.uint8, mode="r")
+    return [_source_tensor(model, tensor, data) for tensor in model.tensors]
+
+
+def _source_tensor(model: ModelFile, tensor: Tensor, data: np.ndarray) -> SourceTensor:
+    start = model.data_start + tensor.offset
+    stored = data[start : start + tensor.n_bytes]
+    shape = tuple(reversed(tensor.shape))
+    if _is_matrix(tensor.name, shape, tensor.type):
+        return SourceTensor(tensor.name, shape, kind_of(tensor.name), _dequantize(model.path, tensor, stored, shape))
+    if tensor.type is GGMLQuantizationType.F64:  # which gguf-py cannot write, and no model needs
+        kept_type = GGMLQuantizationType.F32
+        return SourceTensor(tensor.name, shape, Kind.KEPT, lambda: _float32(tensor, stored, shape), kept_type=kept_type)
+    return SourceTensor(tensor.name, shape, Kind.KEPT, lambda: _values(tensor, stored, shape), kept_type=tensor.type)
+
+
+def _values(tensor: Tensor, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of uint8 (bytes,) in `shape`; of a type that has blocks, uint8 (..., bytes of a row)."""
+    dtype = _DTYPES.get(tensor.type)
+    if dtype is not None:
+        return stored.view(dtype).reshape(shape)
+    block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+    return stored.reshape(*shape[:-1], shape[-1] // block * block_bytes)
 
 
 def _is_matrix(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType) -> bool:
@@ -87,13 +149,25 @@ def _is_matrix(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType) -
     )
 
 
-def _dequantize(path: Path, tensor: ReaderTensor, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+def _float32(tensor: Tensor, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what becomes infinite is refused when it is stored
+        return _values(tensor, stored, shape).astype(np.float32)
+
+
+def _dequantize(path: Path, tensor: Tensor, stored: np.ndarray, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
     def load() -> np.ndarray:
+        if tensor.type is GGMLQuantizationType.F64:
+            return _float32(tensor, stored, shape)
+        if (depth := DEPTH_OF_TYPE.get(tensor.type)) is not None:
+            try:
+                validate(depth, stored.reshape(-1, BYTES_PER_BLOCK[depth]))
+            except TritError as error:
+                raise TritError(f"{path}: tensor {tensor.name}: {error}; download or convert it again") from error
         try:
-            return quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            return quants.dequantize(_values(tensor, stored, shape), tensor.type).reshape(shape)
         except NotImplementedError as error:
             raise TritError(
-                f"{path}: tensor {tensor.name} is {tensor.tensor_type.name}, which gguf cannot dequantize; "
+                f"{path}: tensor {tensor.name} is {tensor.type.name}, which gguf cannot dequantize; "
                 "convert from an F16 or Q8_0 file"
             ) from error
 

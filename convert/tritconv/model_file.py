@@ -1,11 +1,13 @@
 """Read a GGUF header and check the file, before llama.cpp gets it.
 
 The file is hostile until it is checked: every length is compared with the size of the file before it is
-used, arrays are walked, not loaded. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md is the format.
+used, and counts have limits that no model comes near, as a sparse file may claim any size. What passes, llama.cpp's
+reader and gguf-py's take as well. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md is the format.
 """
 
 import math
 import mmap
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -13,24 +15,99 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from rich.filesize import decimal as human_size
 
-from tritconv.errors import TritError
+from tritconv.console import without_controls
+from tritconv.errors import TritError, first_line
 from tritconv.format import FORMAT_VERSION
 
 _GGUF_VERSIONS = (2, 3)
 _MAX_DIMS = 4
+_MAX_NAME = 63  # bytes of a tensor's name, ggml's limit
+_MAX_KEY = 65535  # bytes, the format's limit
+_MAX_ELEMENTS = (1 << 63) - 1  # of a tensor, ggml's limit
 _MAX_KEPT_STRING = 64 * 1024
 _MAX_KEPT_ARRAY = 4096
-_MAX_ARRAY = 1 << 30  # llama.cpp's own limit
+_CHUNK = 1 << 20  # bytes that are looked at together
+_MAX_SHOWN = 300  # characters of a fault in an error
 _DEFAULT_ALIGNMENT = 32
 
+# Far beyond what models have: 2000 tensors, 50 keys, a million tokens and merges, a header of 20 MB.
+_MAX_ENTRIES = 1 << 16  # keys, and tensors
+_MAX_STRINGS = 1 << 22  # in all arrays together
+_MAX_HEADER = 1 << 28  # bytes
+_MAX_ALIGNMENT = 1 << 24  # bytes
+
+_MAGIC = b"GGUF"
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_STRING, _ARRAY = 8, 9
-_SCALAR_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_SCALARS = {value_type: struct.Struct("<" + code) for value_type, code in _SCALAR_CODES.items()}
+_STRING, _ARRAY, _BOOL = GGUFValueType.STRING, GGUFValueType.ARRAY, GGUFValueType.BOOL
+_SCALARS = {
+    GGUFValueType[name]: struct.Struct("<" + code)
+    for name, code in {
+        "UINT8": "B",
+        "INT8": "b",
+        "UINT16": "H",
+        "INT16": "h",
+        "UINT32": "I",
+        "INT32": "i",
+        "FLOAT32": "f",
+        "BOOL": "?",
+        "UINT64": "Q",
+        "INT64": "q",
+        "FLOAT64": "d",
+    }.items()
+}
+_VALUE_TYPES = {int(value_type): value_type for value_type in GGUFValueType}
+_INTEGERS = frozenset(value_type for value_type in _SCALARS if "INT" in value_type.name)
+
+# What the programs take from a header without asking for its type again: a description, types of a value, types of an
+# array's elements.
+_TEXT = ("text", frozenset({_STRING}), frozenset[GGUFValueType]())
+_INTEGER = ("an integer", _INTEGERS, frozenset[GGUFValueType]())
+_FLAG = ("a bool", frozenset({_BOOL}), frozenset[GGUFValueType]())
+_TEXTS = ("a list of texts", frozenset[GGUFValueType](), frozenset({_STRING}))
+_NUMBERS = ("a list of numbers", frozenset[GGUFValueType](), _INTEGERS | {GGUFValueType.FLOAT32})
+_PER_LAYER = ("an integer or a list of integers", _INTEGERS, _INTEGERS)
+_ALIGNMENT = ("a uint32", frozenset({GGUFValueType.UINT32}), frozenset[GGUFValueType]())
+_EXPECTED = {
+    "general.alignment": _ALIGNMENT,
+    "general.architecture": _TEXT,
+    "general.file_type": _INTEGER,
+    "general.name": _TEXT,
+    "general.quantization_version": _INTEGER,
+    "general.type": _TEXT,
+    "split.count": _INTEGER,
+    "split.no": _INTEGER,
+    "split.tensors.count": _INTEGER,
+    "tokenizer.chat_template": _TEXT,
+    "tokenizer.ggml.merges": _TEXTS,
+    "tokenizer.ggml.model": _TEXT,
+    "tokenizer.ggml.pre": _TEXT,
+    "tokenizer.ggml.scores": _NUMBERS,
+    "tokenizer.ggml.token_type": _NUMBERS,
+    "tokenizer.ggml.tokens": _TEXTS,
+    "trit.depth": _INTEGER,
+    "trit.format_version": _INTEGER,
+    "trit.method": _TEXT,
+}
+_EXPECTED_OF_ARCHITECTURE = {
+    "attention.head_count": _PER_LAYER,
+    "attention.head_count_kv": _PER_LAYER,
+    "attention.key_length": _INTEGER,
+    "attention.value_length": _INTEGER,
+    "block_count": _INTEGER,
+    "context_length": _INTEGER,
+    "embedding_length": _INTEGER,
+    "feed_forward_length": _PER_LAYER,
+    "vocab_size": _INTEGER,
+}
+_TOKEN_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
+_ADD_TOKEN = re.compile(r"tokenizer\.ggml\.add_\w+")
+_ARCHITECTURE = re.compile(r"[!-~]{0,63}")
+
+_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,8 +121,23 @@ Value = int | float | bool | str | tuple[int | float | bool, ...] | Skipped
 
 
 @dataclass(frozen=True)
+class Field:
+    """Where a metadata value lies.
+
+    element_type: of an array, else None.
+    start: bytes from the start of the file to the value; of an array and a string, to the first byte after its length.
+    length: of an array in elements, of a string in bytes, else 1.
+    """
+
+    type: GGUFValueType
+    element_type: GGUFValueType | None
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Tensor:
-    """One entry of the tensor table. `shape` has the row length first, as in the file."""
+    """One entry of the tensor table. `shape` has the row length first, as in the file; a scalar has the shape (1,)."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,11 +148,16 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The header of a GGUF file that has passed all checks."""
+    """The header of a GGUF file that has passed all checks.
+
+    metadata: text as far as it is UTF-8, other bytes replaced; `raw_value` has the bytes.
+    fields: where each of the values lies, by key.
+    """
 
     path: Path
     size: int
     metadata: dict[str, Value]
+    fields: dict[str, Field]
     tensors: tuple[Tensor, ...]
     data_start: int  # bytes from the start of the file
 
@@ -100,17 +197,12 @@ class ModelFile:
 
         An upper bound for models with sliding windows; 0 where the metadata does not say.
         """
-        layers, heads, width = self._count("block_count"), self._count("attention.head_count"), 0
-        if heads:
-            width = self._count("embedding_length") // heads
+        first_heads, heads = self._heads("attention.head_count")
+        width = self._count("embedding_length") // first_heads if first_heads else 0
         keys = self._count("attention.key_length") or width
         values = self._count("attention.value_length") or width
-        per_layer = self.metadata.get(self._key("attention.head_count_kv"))
-        if isinstance(per_layer, tuple):
-            kv_heads = sum(n for n in per_layer if isinstance(n, int) and n > 0)
-        else:
-            kv_heads = layers * (self._count("attention.head_count_kv") or heads)
-        return 2 * n_ctx * kv_heads * (keys + values)
+        _, kv_heads = self._heads("attention.head_count_kv")
+        return 2 * n_ctx * (kv_heads or heads) * (keys + values)
 
     def share_of_layers(self, gpu_layers: int) -> float:
         """Share of the layers, 0..1, that `--gpu-layers` moves to a GPU; the output counts as one layer."""
@@ -144,6 +236,14 @@ class ModelFile:
         value = self.metadata.get(self._key(key))
         return value if isinstance(value, int) and value > 0 else 0
 
+    def _heads(self, key: str) -> tuple[int, int]:
+        """The heads of the first layer that has any, and of all layers: metadata have a number for all, or a list."""
+        value = self.metadata.get(self._key(key))
+        if isinstance(value, tuple):
+            heads = [n for n in value if isinstance(n, int) and n > 0]
+            return (heads[0] if heads else 0), sum(heads)
+        return self._count(key), self._count(key) * self._count("block_count")
+
 
 def read_model_file(path: Path) -> ModelFile:
     """Read and check the header of the GGUF file at `path`.
@@ -158,31 +258,127 @@ def read_model_file(path: Path) -> ModelFile:
         if not path.is_file():
             raise TritError(f"{path}: not a regular file")
         with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise TritError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+            if file.read(4) != _MAGIC:
+                raise _not_gguf(path)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _HeaderReader(path, data).read()
+                return read_header(path, data)
     except OSError as error:
         raise TritError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_header(path: Path, data: bytes | mmap.mmap) -> ModelFile:
+    """Check the header of a GGUF file whose content is `data`; `path` is its name in errors. Raises TritError."""
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise _not_gguf(path)
+    return _HeaderReader(path, data).read()
+
+
+def _not_gguf(path: Path) -> TritError:
+    return TritError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+
+
+def parts_of(model: ModelFile) -> tuple[ModelFile, ...]:
+    """All files of a model that is split over several, in their order, whichever of them is given.
+
+    They lie beside each other as llama.cpp names them, NAME-00001-of-00003.gguf. A file that is no part is alone.
+
+    Raises:
+        TritError: a part is missing or damaged, or is of another model.
+    """
+    count = model.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count < 2:
+        return (model,)
+    number = model.metadata.get("split.no")
+    name = _PART_NAME.fullmatch(model.path.name)
+    if name is None or (int(name["number"]) - 1, int(name["count"])) != (number, count):
+        place = f"part {number + 1}" if isinstance(number, int) else "a part"
+        raise TritError(
+            f"{model.path} is {place} of {count}, but is not named so: the parts are found by names such as "
+            f"model-00001-of-{count:05}.gguf"
+        )
+    paths = [model.path.with_name(f"{name['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise TritError(f"{model.path} is part {int(name['number'])} of {count}: {missing[0]}{more} is not beside it")
+
+    parts = tuple(model if path == model.path else read_model_file(path) for path in paths)
+    for index, part in enumerate(parts):
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (index, count):
+            raise TritError(f"{part.path} is not part {index + 1} of {count}, as its name has it: download it again")
+    names = Counter(tensor.name for part in parts for tensor in part.tensors)
+    wanted = parts[0].metadata.get("split.tensors.count", names.total())
+    if names.total() != wanted:
+        raise TritError(
+            f"{parts[0].path}: the {count} parts hold {names.total()} tensors, not {wanted}: they are not of one model"
+        )
+    (twice, times), *_ = names.most_common(1) or [("", 0)]
+    if times > 1:
+        raise TritError(f"{parts[0].path}: tensor '{twice}' is in {times} of the {count} parts: download them again")
+    return parts
+
+
+def raw_values(model: ModelFile) -> Iterator[tuple[str, Field, Any]]:
+    """The metadata as they lie in the file, key by key, with nothing left out or replaced.
+
+    Yields:
+        A key, its field, and the value: an int, float or bool, bytes for a string, a list of these for an array.
+
+    Raises:
+        TritError: the file cannot be read any more.
+    """
+    try:
+        with model.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for key, field in model.fields.items():
+                yield key, field, _raw_value(data, field)
+    except (OSError, ValueError, struct.error) as error:
+        raise TritError(f"{model.path}: cannot be read again: {first_line(error)}") from error
+
+
+def _raw_value(data: mmap.mmap, field: Field) -> Any:
+    at = field.start
+    if field.type is _STRING:
+        return data[at : at + field.length]
+    if field.element_type is _STRING:
+        strings = []
+        for _ in range(field.length):
+            (length,) = _U64.unpack_from(data, at)
+            at += _U64.size
+            strings.append(data[at : at + length])
+            at += length
+        return strings
+    form = _SCALARS[field.type if field.element_type is None else field.element_type]
+    values = [value for (value,) in form.iter_unpack(data[at : at + field.length * form.size])]
+    return values if field.type is _ARRAY else values[0]
 
 
 class _HeaderReader:
     """Reads one header from `data`, front to back; `self._at` is the place in bytes."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: bytes | mmap.mmap) -> None:
         self._path = path
         self._data = data
         self._size = len(data)
-        self._at = 4
+        self._end = min(self._size, _MAX_HEADER)
+        self._at = len(_MAGIC)
+        self._n_strings = 0
 
     def read(self) -> ModelFile:
         self._check_gguf_version()
         n_tensors, n_keys = self._number(_U64), self._number(_U64)
-        metadata = dict(self._metadata(n_keys))
+        for count, what in ((n_keys, "metadata keys"), (n_tensors, "tensors")):
+            if count > _MAX_ENTRIES:
+                raise self._damaged(f"{count} {what}")
+        metadata: dict[str, Value] = {}
+        fields: dict[str, Field] = {}
+        for _ in range(n_keys):
+            key = self._key(fields)
+            fields[key], metadata[key] = self._value(key)
+        self._check_types(metadata, fields)
         self._check_trit_version(metadata)
         tensors = tuple(self._tensors(n_tensors))
         data_start = self._check_data(metadata, tensors)
-        return ModelFile(self._path, self._size, metadata, tensors, data_start)
+        return ModelFile(self._path, self._size, metadata, fields, tensors, data_start)
 
     def _check_gguf_version(self) -> None:
         version = self._number(_U32)
@@ -200,43 +396,100 @@ class _HeaderReader:
                 "or convert the model again"
             )
 
-    def _metadata(self, n_keys: int) -> Iterator[tuple[str, Value]]:
-        for _ in range(n_keys):
-            key = self._short_string("a metadata key")
-            value_type = self._number(_U32)
-            if value_type == _ARRAY:
-                yield key, self._array(key)
-            elif value_type == _STRING:
-                yield key, self._string()
-            else:
-                yield key, self._number(self._scalar(key, value_type))
+    def _key(self, seen: dict[str, Field]) -> str:
+        key = self._name("metadata key", _MAX_KEY)
+        if key in seen:
+            raise self._damaged(f"metadata key '{key}' is there twice")
+        return key
 
-    def _scalar(self, key: str, value_type: int) -> struct.Struct:
-        if value_type not in _SCALARS:
-            raise self._damaged(f"metadata key '{key}' has the unknown type {value_type}")
-        return _SCALARS[value_type]
+    def _value(self, key: str) -> tuple[Field, Value]:
+        value_type = self._value_type(key)
+        if value_type is _ARRAY:
+            return self._array(key)
+        if value_type is _STRING:
+            start, length = self._string()
+            kept = length <= _MAX_KEPT_STRING
+            value = self._data[start : self._at].decode(errors="replace") if kept else Skipped(length)
+            return Field(value_type, None, start, length), value
+        start = self._at
+        number = self._number(_SCALARS[value_type])
+        if value_type is _BOOL and self._data[start] > 1:
+            raise self._damaged(f"metadata key '{key}' is a bool of {self._data[start]}, not of 0 or 1")
+        return Field(value_type, None, start, 1), number
 
-    def _array(self, key: str) -> tuple[int | float | bool, ...] | Skipped:
-        element_type, length = self._number(_U32), self._number(_U64)
-        if length > _MAX_ARRAY:
-            raise self._damaged(f"metadata key '{key}' has {length} elements")
-        if element_type == _STRING:
-            for _ in range(length):
-                self._skip(self._number(_U64))
-            return Skipped(length)
-        element = self._scalar(key, element_type)
-        start = self._skip(length * element.size)
+    def _array(self, key: str) -> tuple[Field, Value]:
+        element_type, length = self._value_type(key), self._number(_U64)
+        start = self._at
+        field = Field(_ARRAY, element_type, start, length)
+        if element_type is _ARRAY:
+            raise self._damaged(f"metadata key '{key}' is a list of lists, which llama.cpp does not take")
+        if element_type is _STRING:
+            self._skip_strings(key, length)
+            return field, Skipped(length)
+        form = _SCALARS[element_type]
+        self._skip(length * form.size)
+        if element_type is _BOOL:
+            for at in range(start, self._at, _CHUNK):
+                if self._data[at : min(at + _CHUNK, self._at)].translate(None, b"\0\1"):
+                    raise self._damaged(f"metadata key '{key}' has a bool that is neither 0 nor 1")
         if length > _MAX_KEPT_ARRAY:
-            return Skipped(length)
-        return tuple(value for (value,) in element.iter_unpack(self._data[start : self._at]))
+            return field, Skipped(length)
+        return field, tuple(value for (value,) in form.iter_unpack(self._data[start : self._at]))
+
+    def _skip_strings(self, key: str, count: int) -> None:
+        self._n_strings += count
+        if self._n_strings > _MAX_STRINGS:
+            raise self._damaged(f"metadata key '{key}' has {count} strings")
+        data, at, end, length_of = self._data, self._at, self._end, _U64.unpack_from
+        if count * _U64.size > end - at:
+            raise self._cut_off()
+        for _ in range(count):  # as short as it can be: vocabularies are long
+            if at + _U64.size > end:
+                raise self._cut_off()
+            at += _U64.size + length_of(data, at)[0]
+        self._skip(at - self._at)
+
+    def _value_type(self, key: str) -> GGUFValueType:
+        value_type = _VALUE_TYPES.get(number := self._number(_U32))
+        if value_type is None:
+            raise self._damaged(f"metadata key '{key}' has the unknown type {number}")
+        return value_type
+
+    def _check_types(self, metadata: dict[str, Value], fields: dict[str, Field]) -> None:
+        architecture = metadata.get("general.architecture")
+        prefix = f"{architecture}."
+        for key, field in fields.items():
+            expected = _EXPECTED.get(key)
+            if expected is None and key.startswith(prefix):
+                expected = _EXPECTED_OF_ARCHITECTURE.get(key[len(prefix) :])
+            if expected is None and _TOKEN_ID.fullmatch(key):
+                expected = _INTEGER
+            if expected is None and _ADD_TOKEN.fullmatch(key):
+                expected = _FLAG
+            if expected is None:
+                continue
+            what, types, element_types = expected
+            if field.type not in types and not (field.type is _ARRAY and field.element_type in element_types):
+                found = field.type.name.lower()
+                if field.element_type is not None:
+                    found = f"a list of {field.element_type.name.lower()}"
+                raise self._damaged(f"metadata key '{key}' is {found}, not {what}")
+        if architecture is not None and not (isinstance(architecture, str) and _ARCHITECTURE.fullmatch(architecture)):
+            raise self._damaged("general.architecture is not the name of an architecture")
 
     def _tensors(self, n_tensors: int) -> Iterator[Tensor]:
+        seen: set[str] = set()
         for _ in range(n_tensors):
-            name = self._short_string("a tensor name")
+            name = self._name("tensor name", _MAX_NAME)
+            if name in seen:
+                raise self._damaged(f"tensor '{name}' is there twice")
+            seen.add(name)
             n_dims = self._number(_U32)
             if n_dims > _MAX_DIMS:
                 raise self._damaged(f"tensor '{name}' has {n_dims} dimensions")
-            shape = tuple(self._number(_U64) for _ in range(n_dims))
+            shape = tuple(self._number(_U64) for _ in range(n_dims)) or (1,)
+            if 0 in shape or math.prod(shape) > _MAX_ELEMENTS:
+                raise self._damaged(f"tensor '{name}' is {' x '.join(map(str, shape))} large")
             type_id, offset = self._number(_U32), self._number(_U64)
             yield self._tensor(name, shape, type_id, offset)
 
@@ -249,38 +502,52 @@ class _HeaderReader:
                 f"{self._path}: tensor '{name}' has the unknown type {type_id}; update trit-gguf, or convert "
                 "the model again"
             ) from None
-        row = shape[0] if shape else 1
-        if row % block:
-            raise self._damaged(f"tensor '{name}' has rows of {row}, not a multiple of {block}")
+        if shape[0] % block:
+            raise self._damaged(f"tensor '{name}' has rows of {shape[0]}, not a multiple of {block}")
         return Tensor(name, shape, tensor_type, offset, math.prod(shape) // block * block_bytes)
 
     def _check_data(self, metadata: dict[str, Value], tensors: tuple[Tensor, ...]) -> int:
-        """Check that all data lie in the file; returns where they start."""
+        """Check that all data lie in the file, one after the other; returns where they start."""
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment is {alignment}, not a power of two")
+        if not isinstance(alignment, int) or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise self._damaged(f"general.alignment is {alignment}, not a power of two up to {_MAX_ALIGNMENT}")
         data_start = -(-self._at // alignment) * alignment
+        offset = 0
         for tensor in tensors:
+            if tensor.offset != offset:  # llama.cpp does not load such a file
+                raise self._damaged(
+                    f"the data of tensor '{tensor.name}' begin at byte {tensor.offset}, not at {offset}, after those "
+                    "of the tensor before"
+                )
             end = data_start + tensor.offset + tensor.n_bytes
             if end > self._size:
                 raise TritError(
                     f"{self._path}: truncated: tensor '{tensor.name}' ends at byte {end}, the file at byte "
                     f"{self._size}; download or convert the model again"
                 )
+            offset = -(-(offset + tensor.n_bytes) // alignment) * alignment
         return data_start
 
-    def _string(self) -> str | Skipped:
-        length = self._number(_U64)
-        start = self._skip(length)
-        if length > _MAX_KEPT_STRING:
-            return Skipped(length)
-        return self._data[start : self._at].decode(errors="replace")
+    def _name(self, what: str, longest: int) -> str:
+        """A name of at most `longest` bytes that can be shown, and that gguf-py can decode."""
+        start, length = self._string()
+        if not length:
+            raise self._damaged(f"an empty {what}")
+        if length > longest:
+            raise self._damaged(f"a {what} of {length} bytes")
+        raw = self._data[start : self._at]
+        try:
+            name = raw.decode()
+        except UnicodeDecodeError:
+            raise self._damaged(f"a {what} that is not UTF-8: {raw[:_MAX_NAME]!r}") from None
+        if any(character in name for character in "\n\t") or without_controls(name) != name:
+            raise self._damaged(f"a {what} with control characters: {name[:_MAX_NAME]!r}")
+        return name
 
-    def _short_string(self, what: str) -> str:
-        text = self._string()
-        if isinstance(text, Skipped):
-            raise self._damaged(f"{what} of {text.length} bytes")
-        return text
+    def _string(self) -> tuple[int, int]:
+        """Step over a string; returns where its bytes begin and how many they are."""
+        length = self._number(_U64)
+        return self._skip(length), length
 
     def _number(self, form: struct.Struct) -> Any:
         return form.unpack_from(self._data, self._skip(form.size))[0]
@@ -288,13 +555,19 @@ class _HeaderReader:
     def _skip(self, n_bytes: int) -> int:
         """Step over `n_bytes`; returns where they begin."""
         start = self._at
-        if n_bytes > self._size - start:
-            raise TritError(
-                f"{self._path}: truncated or damaged: the header reaches past the end of the file (byte "
-                f"{self._size}); download or convert the model again"
-            )
+        if n_bytes > self._end - start:
+            raise self._cut_off()
         self._at = start + n_bytes
         return start
 
+    def _cut_off(self) -> TritError:
+        if self._end < self._size:
+            return self._damaged(f"it is longer than {human_size(_MAX_HEADER)}")
+        return TritError(
+            f"{self._path}: truncated or damaged: the header reaches past the end of the file (byte "
+            f"{self._size}); download or convert the model again"
+        )
+
     def _damaged(self, what: str) -> TritError:
+        what = what if len(what) <= _MAX_SHOWN else f"{what[:_MAX_SHOWN]}…"
         return TritError(f"{self._path}: damaged header: {what}; download or convert the model again")
