@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LazyBase, LazyChunkedTensor, LlamaFileType
 
+from tritconv.console import note
 from tritconv.errors import TritError
+from tritconv.foreign_code import guard
 from tritconv.gguf_types import TRIT_TYPE
 from tritconv.plan import Kind, SourceTensor, kind_of
+from tritconv.tokenizer import TokenizerReading
 
 # The libraries' remarks on the way are for their developers; what matters comes back as an exception.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -30,17 +33,19 @@ class Checkpoint:
     tensors: list[SourceTensor]
 
 
-def open_checkpoint(folder: Path, depth: int, name: str | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, depth: int, name: str | None = None, pre: str | None = None) -> Checkpoint:
     """Map the checkpoint in `folder` to GGUF names and metadata. Reads no weights.
 
     Args:
         folder: a checkpoint that has been checked.
         depth: trits per weight, for the file type.
         name: of the model; None leaves it to llama.cpp, which asks the model card and the folder's name.
+        pre: llama.cpp's name of the pre-tokenizer; None leaves it to llama.cpp's converter.
 
     Raises:
         TritError: llama.cpp's converter does not know the architecture or the tokenizer, or cannot read a file.
     """
+    guard()
     # the package of the patched llama.cpp: loading it takes seconds, so only a conversion does
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
@@ -57,11 +62,14 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None) -> Checkp
         raise TritError(f"{folder}: llama.cpp's converter does not support {architecture}") from error
 
     try:
-        model = _mapping(upstream)(folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull), model_name=name)
+        model = _mapping(upstream, pre)(folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull), model_name=name)
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
+    except TritError:
+        raise
     except Exception as error:  # the package raises whatever its many authors chose
         raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {_first_line(error)}") from error
+    _note_what_is_left_out(hparams)
     return Checkpoint(model.gguf_writer, list(_source_tensors(model, depth)))
 
 
@@ -70,10 +78,28 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _mapping(upstream: type) -> type:
+_OTHER_PARTS = {
+    "vision": ("vision_config", "vit_config", "visual", "vision_tower", "mm_vision_tower"),
+    "audio": ("audio_config", "audio_encoder_config"),
+}
+
+
+def _note_what_is_left_out(hparams: dict[str, Any]) -> None:
+    from conversion import MMPROJ_MODEL_MAP
+
+    left_out = [part for part, keys in _OTHER_PARTS.items() if any(hparams.get(key) for key in keys)]
+    if not left_out:
+        return
+    known = any(name in MMPROJ_MODEL_MAP for name in hparams.get("architectures") or ())
+    own_file = "convert_hf_to_gguf.py --mmproj of llama.cpp makes a file of its own for that"
+    note(f"the {' and '.join(left_out)} part is left out: the file takes text{f'; {own_file}' if known else ''}")
+
+
+def _mapping(upstream: type, pre_tokenizer: str | None) -> type:
     """A converter class of llama.cpp that remembers the tensors before they are quantized."""
 
-    class Mapping(upstream):
+    class Mapping(TokenizerReading, upstream):
+        pre = pre_tokenizer
         model_arch = upstream.model_arch  # type: ignore[attr-defined]
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
