@@ -34,12 +34,14 @@ DEMO_TRIT  := models/$(DEMO_MODEL)-TRIT3.gguf
 # which take long and test nothing else.
 BACKEND_OPS := -o MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY -p '^(?!.*n_mats=(32|[0-9]{3,}),)'
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
+TEST_BACKEND_OPS = build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BACKEND_OPS) > build/test-backend-ops.log \
+	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench build lint format clean
+.PHONY: help demo test test-full check bench build lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 # The system prompt is empty because the one of the model's own chat template makes this small model ramble in French,
 # in the published Q4_1 file as well.
@@ -47,8 +49,11 @@ demo: $(DEMO_TRIT) ## install, build, convert the demo model and let it answer
 	$(BIN)/tritrun chat $(DEMO_TRIT) --prompt "What is the capital of France?" --system "" --temp 0
 
 test: build lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
-	build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BACKEND_OPS) > build/test-backend-ops.log \
-	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
+	$(TEST_BACKEND_OPS)
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: build lint $(DEMO_GGUF) ## the same, and what make test only samples: takes an hour more
+	$(TEST_BACKEND_OPS)
 	$(BIN)/python -m pytest
 
 check: lint ## lint, and the tests that need no compiled llama.cpp

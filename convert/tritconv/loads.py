@@ -4,7 +4,7 @@ Only the header is read and no memory is taken for the weights, so the file may 
 happens in a process of its own: what llama.cpp does not expect may abort it.
 """
 
-import importlib.util
+import ctypes
 import json
 import os
 import signal
@@ -20,8 +20,6 @@ _CONTEXT = 64  # tokens: any size shows whether the graph can be built
 
 def refusal(path: Path) -> str | None:
     """Why llama.cpp would not load or run the GGUF file at `path`; None if it would, or if it is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        return None
     environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
     command = [sys.executable, "-I", "-m", __spec__.name, str(path)]
     try:
@@ -44,9 +42,10 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _first_error(path: str) -> str | None:
-    import ctypes
-
-    import llama_cpp
+    try:
+        import llama_cpp
+    except (ImportError, OSError):  # the bindings, or the libraries under them, are missing
+        return None
 
     errors: list[str] = []
 
