@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import blocks
 
-from tritconv.codec import Blocks, pack, unpack, validate
+from tritconv.codec import Blocks, invalid_blocks, pack, unpack, validate
 from tritconv.errors import TritError
 from tritconv.format import BYTES_PER_BLOCK, DEPTHS, WORDS_PER_BLOCK
 
@@ -60,6 +60,22 @@ RESERVED = {
     3: [(16, 9), (17, 9), (18, 9), (19, 9), (20, 8), (20, 9)],
     4: [(26, 8), (26, 9)],
 }
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_validation_is_the_round_trip(depth: int) -> None:
+    """All 65536 values of a word, in a block that is valid otherwise."""
+    rng = np.random.default_rng(depth)
+    valid = pack(unpack(depth, rng.integers(0, 256, (1, BYTES_PER_BLOCK[depth]), dtype=np.uint8))).view("<u2")
+    blocks = np.repeat(valid, 65536, axis=0)
+    n_words = WORDS_PER_BLOCK[depth]
+    for word in {0, n_words // 2, n_words - 1, *(word for word, _ in RESERVED[depth])}:
+        blocks[:, word] = np.arange(65536)
+        data = blocks.view(np.uint8)
+        survives = (pack(unpack(depth, data)) == data).all(axis=1)
+        assert np.array_equal(invalid_blocks(depth, data), np.flatnonzero(~survives))
+        assert 0 < survives.sum() < 65536
+        blocks[:, word] = valid[0, word]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

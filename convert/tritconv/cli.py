@@ -251,6 +251,22 @@ def inspect(
         out.print(table)
 
 
+@app.command(epilog=examples("tritconv verify model-TRIT2.gguf", "tritconv verify *.gguf"))
+def verify(
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="GGUF files.", show_default=False)],
+    threads: Threads = None,
+) -> None:
+    """Check GGUF files of any type: header, TRIT blocks, NaN and Inf, and whether llama.cpp would load them.
+
+    Prints a line for each finding, and exits with 1 if there is one. Any part of a split file stands for all.
+    """
+    from tritconv import verify as verification
+    from tritconv.convert import Job
+
+    if not verification.verify(paths, threads or Job.threads):
+        raise typer.Exit(1)
+
+
 def _size(depth: int | None, bpw: float | None, target_size: str | None) -> "Budget | None":
     """The size to reach by mixed depth; None where --depth says it all."""
     from tritconv.allocate import BitsPerWeight, FileSize

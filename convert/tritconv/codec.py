@@ -21,6 +21,8 @@ from tritconv.format import (
 )
 
 _PER_WORD = 10  # trits in a word
+_V_RANGE = 3**_PER_WORD  # values of a word
+_AT_ONCE = 2048  # blocks that are validated together: they and what is computed of them fit into a core's cache
 _RESERVED = 1  # value of the trits that hold nothing
 _FIELDS = {1: 8, 2: 5, 3: 3, 4: 2}  # whole codes in a word
 _QUADS = {1: 2, 2: 3, 3: 5, 4: 6}  # quads of words that are filled so; the weights that are left go into gaps
@@ -88,6 +90,28 @@ _WEIGHT_SLOTS = {d: np.array([[_weight_slot(d, i, s) for i in range(BLOCK_SIZE)]
 _SCALE_SLOTS = {d: np.array([[_scale_slot(d, g, s) for g in range(N_GROUPS)] for s in range(3)]) for d in DEPTHS}
 
 
+def _reserved_fields(depth: int) -> np.ndarray:
+    """How to see that reserved trits are 1: q * factor - low, modulo 2^16, has to be less than width.
+
+    The n reserved trits of a word are its last ones, a field with the value (3^n - 1) / 2.
+
+    Returns:
+        uint16 (3, words of `_AT_ONCE` blocks): factor, low and width for each word.
+    """
+    used = {*_WEIGHT_SLOTS[depth].flat, *_SCALE_SLOTS[depth].flat}
+    fields = []
+    for word in range(WORDS_PER_BLOCK[depth]):
+        n = sum(_slot(word, trit) not in used for trit in range(_PER_WORD))
+        value = _RESERVED * (3**n - 1) // 2
+        low, end = (-(-(v << 16) // 3**n) for v in (value, value + 1))
+        fields.append((3 ** (_PER_WORD - n), low, end - low) if n else (0, 0, 1))
+    return np.tile(np.array(fields, np.uint16).T, _AT_ONCE)
+
+
+_RESERVED_FIELDS = {depth: _reserved_fields(depth) for depth in DEPTHS}
+_WITH_RESERVED = [depth for depth in DEPTHS if _RESERVED_FIELDS[depth][0].any()]
+
+
 def _put(trits: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
     """Write values uint8 (m, n) to the slots (trits per value, m) of trits uint8 (slots per block, n)."""
     for row in slots[::-1]:
@@ -151,6 +175,30 @@ def validate(depth: int, data: np.ndarray) -> None:
     Raises:
         TritError: a word is not an encoding, or a reserved trit is not as the format has it.
     """
-    wrong = np.flatnonzero((pack(unpack(depth, data)) != data).any(axis=1))
+    wrong = invalid_blocks(depth, data)
     if len(wrong):
         raise TritError(f"block {wrong[0]} is not TRIT{depth} data: the file is damaged")
+
+
+def invalid_blocks(depth: int, data: np.ndarray) -> np.ndarray:
+    """The blocks that `pack` does not make: a word is not an encoding, or a reserved trit is not as the format has it.
+
+    Args:
+        data: uint8 (n, bytes per block).
+
+    Returns:
+        int64 (m,): their indexes, in order.
+    """
+    n_words = WORDS_PER_BLOCK[depth]
+    words = np.ascontiguousarray(data).view("<u2").reshape(-1)
+    factor, low, width = _RESERVED_FIELDS[depth]
+    wrong = []
+    for first in range(0, len(data), _AT_ONCE):
+        q = words[first * n_words : (first + _AT_ONCE) * n_words]
+        # v encodes as q with q * 59049 = v * 65536 + r, 0 <= r < 59049; any other word leaves a greater r
+        valid = q * np.uint16(_V_RANGE) < np.uint16(_V_RANGE)
+        if depth in _WITH_RESERVED:
+            valid &= q * factor[: len(q)] - low[: len(q)] < width[: len(q)]
+        if not valid.all():
+            wrong.append(first + np.flatnonzero(~valid.reshape(-1, n_words).all(axis=1)))
+    return np.concatenate([np.empty(0, np.int64), *wrong])

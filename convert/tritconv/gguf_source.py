@@ -1,7 +1,7 @@
 """GGUF files as a source: metadata and tensors of any type that gguf-py can dequantize."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,28 +75,30 @@ def open_gguf(path: Path) -> tuple[GGUFWriter, list[SourceTensor]]:
         TritError: the file or another part is missing or damaged, or is no model.
     """
     parts = parts_of(read_model_file(path))
-    _refuse_others(path, parts)
+    if (what := not_a_model(parts)) is not None:
+        raise TritError(f"{path} {what}")
     return _copy_metadata(parts[0]), [tensor for part in parts for tensor in _source_tensors(part)]
 
 
-def _refuse_others(path: Path, parts: tuple[ModelFile, ...]) -> None:
-    """Refuse what is a GGUF file but no model, by what it is."""
+def not_a_model(parts: Sequence[ModelFile]) -> str | None:
+    """What a GGUF file is that is no model with weights, as the end of a sentence about it; None for a model."""
     metadata = parts[0].metadata
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
     if kind == "model":
         kind = {"clip": "mmproj", "controlvector": "controlvector"}.get(str(architecture), kind)
-    if kind != "model":
-        raise TritError(f"{path} is {_NO_MODELS.get(str(kind), f'of the type {kind}, not a model')}")
     names = [tensor.name for part in parts for tensor in part.tensors]
     if any(name.endswith((".lora_a", ".lora_b")) for name in names):
-        raise TritError(f"{path} is {_NO_MODELS['adapter']}")
+        kind = "adapter"
     if names and all(name.endswith((".in_sum2", ".counts")) for name in names):
-        raise TritError(f"{path} is {_NO_MODELS['imatrix']}")
+        kind = "imatrix"
+    if kind != "model":
+        return f"is {_NO_MODELS.get(str(kind), f'of the type {kind}, not a model')}"
     if not names:
         what = "only a vocabulary" if parts[0].vocabulary_size else "no tensors"
-        raise TritError(f"{path} holds {what}: convert a file with the model's weights")
+        return f"holds {what}: convert a file with the model's weights"
     if not architecture:
-        raise TritError(f"{path} does not say of which architecture it is (general.architecture): it is no model")
+        return "does not say of which architecture it is (general.architecture): it is no model"
+    return None
 
 
 def _copy_metadata(model: ModelFile) -> GGUFWriter:
