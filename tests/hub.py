@@ -3,21 +3,22 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NEXT_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    models: dict[str, Path]
+    commits: dict[str, dict[str, Path]]
     gated: set[str]
     token: str | None
-    requests: list[str]
+    hub: "Hub"
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -30,7 +31,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.requests.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}")
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._api("/".join(parts[2:4]), parts[4:], body)
@@ -38,17 +39,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), body)
         else:
             self._error(404, None, body)
+        self.hub.after_request(path)
 
     def _allowed(self, model: str, revision: str, body: bool) -> bool:
-        if model not in self.models:
+        if model not in self.commits:
             self._error(401, "RepoNotFound", body)
         elif model in self.gated and self.headers.get("Authorization") != f"Bearer {self.token}":
             self._error(403, "GatedRepo", body)
-        elif revision not in ("main", COMMIT):
+        elif revision not in ("main", *self.commits[model]):
             self._error(404, "RevisionNotFound", body)
         else:
             return True
         return False
+
+    def _commit(self, model: str, revision: str) -> str:
+        return list(self.commits[model])[-1] if revision == "main" else revision
 
     def _api(self, model: str, rest: list[str], body: bool) -> None:
         revision = rest[1] if len(rest) > 1 else "main"
@@ -58,31 +63,34 @@ class _Handler(BaseHTTPRequestHandler):
         self.gated = gated
         if not allowed:
             return
-        files = sorted(file for file in self.models[model].iterdir() if file.is_file())
+        commit = self._commit(model, revision)
+        folder = self.commits[model][commit]
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
         if rest[:1] == ["tree"]:
             listing: object = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _etag(f)} for f in files
+                {"type": "file", "path": _name(f, folder), "size": f.stat().st_size, "oid": _etag(f)} for f in files
             ]
         else:
             listing = {
                 "id": model,
                 "modelId": model,
-                "sha": COMMIT,
+                "sha": commit,
                 "private": False,
                 "gated": "auto" if model in gated else False,
                 "tags": [],
-                "siblings": [{"rfilename": file.name} for file in files],
+                "siblings": [{"rfilename": _name(file, folder)} for file in files],
             }
         self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"}, body)
 
     def _file(self, model: str, revision: str, name: str, body: bool) -> None:
         if not self._allowed(model, revision, body):
             return
-        file = self.models[model] / name
+        commit = self._commit(model, revision)
+        file = self.commits[model][commit] / name
         if not file.is_file():
             self._error(404, "EntryNotFound", body)
             return
-        headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         self._send(200, file.read_bytes(), headers, body)
 
     def _error(self, status: int, code: str | None, body: bool) -> None:
@@ -99,32 +107,40 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
 def _etag(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
 class Hub:
-    """A running stand-in. `requests` is what it was asked."""
+    """A running stand-in. `requests` is what it was asked; `after_request` is called with the path of each."""
 
-    def __init__(self, url: str, requests: list[str]) -> None:
-        self.url = url
-        self.requests = requests
+    def __init__(self, commits: dict[str, dict[str, Path]]) -> None:
+        self.url = ""
+        self.requests: list[str] = []
+        self.after_request: Callable[[str], None] = lambda path: None
+        self._commits = commits
+
+    def push(self, model: str, folder: Path) -> None:
+        """Make the files of `folder` the model's NEXT_COMMIT, and that its main branch."""
+        self._commits[model][NEXT_COMMIT] = folder
 
 
 @contextmanager
 def serve(models: dict[str, Path], gated: set[str] = frozenset(), token: str | None = None) -> Iterator[Hub]:  # type: ignore[assignment]
-    """Serve folders as models. Those in `gated` need the token."""
-    requests: list[str] = []
-    handler = type(
-        "Handler",
-        (_Handler,),
-        {"models": models, "gated": set(gated), "token": token, "requests": requests},
-    )
+    """Serve folders as models, each as COMMIT. Those in `gated` need the token."""
+    commits = {model: {COMMIT: folder} for model, folder in models.items()}
+    hub = Hub(commits)
+    handler = type("Handler", (_Handler,), {"commits": commits, "gated": set(gated), "token": token, "hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield Hub(f"http://127.0.0.1:{server.server_port}", requests)
+        yield hub
     finally:
         server.shutdown()
         server.server_close()

@@ -1,12 +1,22 @@
 """Models from the hub, which a local server stands in for."""
 
+import json
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import hub
+import pytest
 from checkpoints import tritconv
 from gguf import GGUFReader
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from tritconv.errors import TritError
+from tritconv.hub import download
+from tritconv.weight_files import indexed
 
 
 def _environment(home: Path, endpoint: str, **more: str) -> dict[str, str]:
@@ -27,6 +37,28 @@ def _fails(done: subprocess.CompletedProcess[str], folder: Path, *words: str) ->
     for word in words:
         assert word in line
     assert list(folder.iterdir()) == []
+
+
+def _text(file: GGUFReader, key: str) -> str:
+    field = file.get_field(key)
+    assert field is not None
+    return field.contents()
+
+
+def _copy(checkpoint: Path, folder: Path) -> Path:
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+def _shard(folder: Path, *names: str) -> None:
+    """Spread the weights over files of these names, with an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {tensor: names[i % len(names)] for i, tensor in enumerate(sorted(weights))}
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_file({t: weights[t] for t in weights if weight_map[t] == name}, folder / name, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_a_model_of_the_hub_converts(checkpoint: Path, tmp_path: Path) -> None:
@@ -52,9 +84,8 @@ def test_a_model_of_the_hub_converts(checkpoint: Path, tmp_path: Path) -> None:
     assert name is not None
     assert name.contents() == "tiny"
     assert {t.name: t.data.tobytes() for t in result.tensors} == expected
-    field = result.get_field("trit.source")
-    assert field is not None
-    assert field.contents() == "org/tiny"
+    assert _text(result, "trit.source") == "org/tiny"
+    assert _text(result, "trit.revision") == hub.COMMIT
 
     # offline, from the cache, with nobody to ask
     offline = _environment(tmp_path / "home", server.url, HF_HUB_OFFLINE="1")
@@ -84,3 +115,110 @@ def test_no_network(tmp_path: Path) -> None:
     env = _environment(tmp_path / "home", "http://127.0.0.1:9")  # the discard port: nobody answers
     _fails(_convert("org/tiny", work, env), work, "org/tiny is not in the cache", "network")
     _fails(_convert("org/tiny", work, env | {"HF_HUB_OFFLINE": "1"}), work, "org/tiny is not in the cache")
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[hub.Hub], None]:
+    """Make downloads of this process go to a stand-in, with a cache of their own."""
+
+    def of(server: hub.Hub) -> None:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    return of
+
+
+def test_a_push_in_the_middle_mixes_no_commits(
+    checkpoint: Path, ask: Callable[[hub.Hub], None], tmp_path: Path
+) -> None:
+    first, pushed = _copy(checkpoint, tmp_path / "first"), _copy(checkpoint, tmp_path / "pushed")
+    weights = {name: -values for name, values in load_file(pushed / "model.safetensors").items()}
+    save_file(weights, pushed / "model.safetensors", {"format": "pt"})
+    for folder in (first, pushed):
+        _shard(folder, "one.safetensors", "two.safetensors")
+
+    with hub.serve({"org/tiny": first}) as server:
+        ask(server)
+
+        def push(path: str) -> None:
+            if path.endswith("/model.safetensors.index.json"):
+                server.push("org/tiny", pushed)
+
+        server.after_request = push
+        found = download("org/tiny", None)
+        assert found.name == hub.COMMIT
+        assert (found / "two.safetensors").read_bytes() == (first / "two.safetensors").read_bytes()
+
+        # the branch has moved on, and a commit can be named
+        found = download("org/tiny", "main")
+        assert found.name == hub.NEXT_COMMIT
+        assert (found / "two.safetensors").read_bytes() == (pushed / "two.safetensors").read_bytes()
+        assert download("org/tiny", hub.COMMIT).name == hub.COMMIT
+
+
+def test_shards_of_any_name_that_the_index_lists(checkpoint: Path, tmp_path: Path) -> None:
+    folder = _copy(checkpoint, tmp_path / "model")
+    _shard(folder, "weights [1].safetensors", "more/part-b.safetensors")
+    save_file({}, folder / "unlisted.safetensors")
+    work = tmp_path / "work"
+    with hub.serve({"org/tiny": folder}) as server:
+        done = _convert("org/tiny", work, _environment(tmp_path / "home", server.url))
+        assert done.returncode == 0, done.stderr
+        assert not any("unlisted" in request for request in server.requests)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "..\\b", "C:\\b"])
+def test_an_index_that_reaches_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(TritError, match="outside of the checkpoint"):
+        indexed(index)
+
+
+def _only_adapter(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def _only_consolidated(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+
+
+def _only_gguf(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "tiny-Q8_0.gguf")
+
+
+def _nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_only_adapter, "adapter.*merge"),
+        (_only_consolidated, "consolidated"),
+        (_only_gguf, "GGUF.*gguf-to-gguf"),
+        (_nothing, "no weights"),
+    ],
+)
+def test_what_has_no_weights_to_convert(
+    change: Callable[[Path], None], words: str, checkpoint: Path, ask: Callable[[hub.Hub], None], tmp_path: Path
+) -> None:
+    folder = _copy(checkpoint, tmp_path / "model")
+    change(folder)
+    with hub.serve({"org/tiny": folder}) as server:
+        ask(server)
+        with pytest.raises(TritError, match=f"org/tiny.*{words}") as raised:
+            download("org/tiny", None)
+        assert "\n" not in str(raised.value)
+        assert not any("safetensors" in request or "gguf" in request for request in server.requests)
+
+
+def test_weights_as_pickles_only(checkpoint: Path, ask: Callable[[hub.Hub], None], tmp_path: Path) -> None:
+    folder = _copy(checkpoint, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with hub.serve({"org/tiny": folder}) as server:
+        ask(server)
+        assert (download("org/tiny", None) / "pytorch_model.bin").is_file()

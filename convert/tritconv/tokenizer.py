@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class TokenizerReading:
         self._pre_was_asked_for = True
         known = super().get_vocab_base_pre  # type: ignore[misc]
         if self.pre is not None:
-            names = _names(known)
+            names = pre_tokenizers(known)
             if self.pre not in names:
                 raise TritError(f"--pre {self.pre}: llama.cpp has no such pre-tokenizer; it has {', '.join(names)}")
             return self.pre
@@ -100,9 +101,14 @@ class TokenizerReading:
                 ) from error
 
 
-def _names(get_vocab_base_pre: Any) -> list[str]:
-    """The pre-tokenizers that the converter tells apart, and llama.cpp's default one."""
-    return sorted({"default", *re.findall(r'^\s*res = "([^"]+)"', inspect.getsource(get_vocab_base_pre), re.MULTILINE)})
+# The converter tells these apart too, but they are no BPE tokenizers.
+_NOT_BPE = {"bert-bge", "bert-bge-large", "jina-v2-en"}
+
+
+def pre_tokenizers(get_vocab_base_pre: Callable[..., str]) -> list[str]:
+    """The BPE pre-tokenizers that the converter's function tells apart, and llama.cpp's default one."""
+    detected = re.findall(r'^\s*res = "([^"]+)"', inspect.getsource(get_vocab_base_pre), re.MULTILINE)
+    return sorted({"default", *detected} - _NOT_BPE)
 
 
 class _Hash(logging.Handler):
@@ -133,17 +139,18 @@ def _why(folder: Path, error: Exception) -> str:
     """What is wrong with the tokenizer in `folder`, which the converter failed on with `error`."""
     if (refused := refusal_in(error)) is not None:
         return str(refused)
+    own_code = "; or run the code that it has for that with --trust-remote-code" if _names_code(folder) else ""
     if not any(any(folder.glob(pattern)) for pattern in _FILES):
         return (
-            f"{folder}: no tokenizer: none of {', '.join(_FILES)}; copy the files of the model that this one stems from"
+            f"{folder}: no tokenizer: none of {', '.join(_FILES)}; "
+            f"copy the files of the model that this one stems from{own_code}"
         )
     for file in sorted(folder.iterdir()):
         if (damage := _damage(file)) is not None:
             return f"{file} is damaged ({damage}): download it again"
     if _lacks_merges(folder):
         return _no_merges(folder)
-    own_code = " (the checkpoint has code of its own for it: --trust-remote-code would run that)"
-    return f"{folder}: its tokenizer cannot be read: {first_line(error)}{own_code if _names_code(folder) else ''}"
+    return f"{folder}: its tokenizer cannot be read: {first_line(error)}{own_code}"
 
 
 def _damage(file: Path) -> str | None:
