@@ -1,6 +1,7 @@
 """Encodes a tensor to a storage type, and measures what the encoding lost."""
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,13 +70,13 @@ class Encoder:
             check_reach(values, depth, self._workers)
             data = self._quantizer.quantize(tensor, values, depth, self._workers)
         else:
-            with np.errstate(over="ignore"):  # what does not fit is found below
-                data = np.concatenate(self._workers.map(lambda chunk: quants.quantize(chunk.rows, qtype), values))
+            data = np.concatenate(self._workers.map(lambda chunk: _in_type(chunk.rows, qtype), values))
         return self._measured(values, data, qtype)
 
     def _measured(self, values: np.ndarray, data: np.ndarray, qtype: GGMLQuantizationType) -> Encoded:
         def sums(chunk: Chunk) -> tuple[float, float]:
-            stored = quants.dequantize(data[chunk.place], qtype)
+            with _any_value():
+                stored = quants.dequantize(data[chunk.place], qtype)
             if not np.isfinite(stored).all():  # float16 ends at 65504, as a value and as the scale of a block
                 block = int(np.flatnonzero(~np.isfinite(stored.ravel()))[0]) // BLOCK_SIZE
                 raise RangeError(block, float(np.abs(chunk.rows).max()), f"above the range of {qtype.name}")
@@ -86,3 +87,13 @@ class Encoder:
         parts = self._workers.map(sums, values)
         squared_error, energy = (sum(column) for column in zip(*parts, strict=True))
         return Encoded(np.ascontiguousarray(data).view(np.uint8).ravel(), squared_error, energy)
+
+
+def _in_type(rows: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
+    with _any_value():
+        return quants.quantize(rows, qtype)
+
+
+def _any_value() -> AbstractContextManager[object]:
+    """A context without warnings of what float16 cannot hold: that is looked for."""
+    return np.errstate(over="ignore", invalid="ignore")

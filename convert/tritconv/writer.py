@@ -22,6 +22,7 @@ from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
 from tritconv.output import Output
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.verify import findings
 from tritconv.workers import Workers
 
 
@@ -82,6 +83,9 @@ def write(
     finally:
         with suppress(OSError):
             header.close()
+    if found := findings(output.partial, threads):
+        fault = found[0].removeprefix(f"{output.partial}: ")
+        raise TritError(f"{output.target} is not written, as the result would not be sound: {fault}")
     output.publish()
     size = output.target.stat().st_size
     return Written(output.target, size, time.monotonic() - start, stored, quantizer.remarks())
