@@ -64,7 +64,7 @@ def test_end_of_input_ends_the_session(tiny_model: Path) -> None:
 
 def test_mistakes_do_not_end_the_session(tiny_model: Path, tmp_path: Path) -> None:
     script = f"/nope\n/save\n/load {tmp_path}/no\n/help\nhello\n"
-    done = run(tiny_model, "--temp", 0, "--max-tokens", 5, stdin=script)
+    done = run(tiny_model, "--temp", 0, "--max-tokens", 5, stdin=script, exit_code=1)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: unknown command /nope; /help lists them",
@@ -77,7 +77,7 @@ def test_mistakes_do_not_end_the_session(tiny_model: Path, tmp_path: Path) -> No
 
 def test_history_is_trimmed_to_the_context(tiny_model: Path) -> None:
     script = "".join(f"{n}{'x' * 50}\n" for n in range(6)) + "y" * 300 + "\nlast\n"
-    done = run(tiny_model, "--ctx", 256, "--temp", 0, "--max-tokens", 5, stdin=script)
+    done = run(tiny_model, "--ctx", 256, "--temp", 0, "--max-tokens", 5, stdin=script, exit_code=1)
     assert "the context is full: the model no longer sees the oldest" in done.stderr
     assert "error: the message is too long" in done.stderr
     assert len(done.stdout.splitlines()) == 7  # all but the one that was too long
@@ -141,11 +141,11 @@ def test_ctrl_c_twice_at_the_prompt_leaves(tiny_model: Path) -> None:
         assert session.stderr is not None
         session.stdin.write("/help\n")
         session.stdin.flush()
-        while not session.stderr.readline().startswith("Ctrl-C"):
-            pass
+        for line in iter(session.stderr.readline, ""):  # to its end at most, if the session dies
+            if line.startswith("Ctrl-C"):
+                break
         session.send_signal(signal.SIGINT)
-        while "Ctrl-C again" not in session.stderr.readline():
-            pass
+        assert any("Ctrl-C again" in line for line in iter(session.stderr.readline, ""))
         session.send_signal(signal.SIGINT)
         assert session.wait(timeout=60) == 130
         assert session.stderr.read().endswith("error: interrupted\n")

@@ -7,7 +7,7 @@ import pytest
 
 from tritconv.errors import TritError
 from tritrun.conversation import Conversation
-from tritrun.engine import Message
+from tritrun.template import Message
 
 
 def encode(messages: list[Message]) -> list[int]:

@@ -1,6 +1,6 @@
 """tritrun's engine on a tiny model: prompts, templates, streaming."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from tiny_gguf import TRAINED_CONTEXT, write_tiny_model
 
 from tritconv.errors import TritError
 from tritconv.model_file import read_model_file
-from tritrun.engine import Engine, Message, Sampling, until
+from tritrun.engine import Encoded, Engine, until
+from tritrun.llama import Sampling
+from tritrun.template import Message
 
 BOS = 1
 GREEDY = Sampling(temperature=0, top_p=1, seed=1)
@@ -41,21 +43,21 @@ def test_until_passes_on_all_text_without_the_stop(pieces: list[str]) -> None:
     assert "".join(until("\nUser:", pieces)) == "".join(pieces)
 
 
-def text_of(engine: Engine, tokens: list[int]) -> str:
-    return b"".join(map(engine.piece, tokens)).decode()
+def text_of(engine: Engine, prompt: Encoded) -> str:
+    return b"".join(map(engine.piece, prompt.tokens)).decode()
 
 
 def test_template_renders_with_one_bos(engine: Engine) -> None:
     prompt = engine.encode([{"role": "system", "content": "be good"}, *HELLO])
-    assert prompt[0] == BOS
-    assert BOS not in prompt[1:]
+    assert prompt.tokens[0] == BOS
+    assert BOS not in prompt.tokens[1:]
     assert text_of(engine, prompt) == "<system>be good\n<user>hello\n<assistant>"
 
 
 def test_bos_is_added_if_the_template_forgets_it(tmp_path: Path) -> None:
     with load(write_tiny_model(tmp_path / "m.gguf", chat_template="{{ messages[0].content }}")) as engine:
         prompt = engine.encode(HELLO)
-        assert prompt[0] == BOS
+        assert prompt.tokens[0] == BOS
         assert text_of(engine, prompt) == "hello"
 
 
@@ -63,28 +65,43 @@ def test_plain_lines_without_a_template(tmp_path: Path) -> None:
     with load(write_tiny_model(tmp_path / "m.gguf", chat_template=None)) as engine:
         assert not engine.has_chat_template
         prompt = engine.encode([{"role": "system", "content": "be good "}, *HELLO])
-        assert prompt[0] == BOS
+        assert prompt.tokens[0] == BOS
         assert text_of(engine, prompt) == "be good\nUser: hello\nAssistant:"
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "reason"),
     [
-        ("{{ raise_exception('no system role') }}", "refuses this chat: no system role"),
-        ("{{ messages[7].content.upper() }}", "refuses this chat"),
-        ("{{ ''.__class__.__mro__ }}", "refuses this chat"),  # the sandbox
+        ("{{ raise_exception('no chats today') }}", "no chats today"),
+        ("{{ messages[7].content.upper() }}", "has no element 7"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),  # the sandbox
+        ("{% for %}", "line 1: "),
+        ("{{ bos_token }}", "it leaves out the user's message"),
     ],
 )
-def test_template_errors(tmp_path: Path, template: str, message: str) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", chat_template=template)
-    with load(path) as engine, pytest.raises(TritError, match=message):
-        engine.encode(HELLO)
+def test_a_template_of_no_use_is_named_and_chats_are_plain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, reason: str
+) -> None:
+    with load(write_tiny_model(tmp_path / "m.gguf", chat_template=template)) as engine:
+        (note,) = capsys.readouterr().err.splitlines()
+        assert note.startswith("the model's chat template (tokenizer.chat_template) cannot be used: ")
+        assert reason in note
+        assert not engine.has_chat_template
+        assert text_of(engine, engine.encode(HELLO)) == "User: hello\nAssistant:"
 
 
-def test_template_that_does_not_parse(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", chat_template="{% for %}")
-    with pytest.raises(TritError, match=r"m\.gguf: llama\.cpp cannot load it: "):
-        load(path)
+def test_a_template_that_refuses_a_chat_is_left_for_plain_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% if messages|length > 3 %}{{ raise_exception('too long') }}{% endif %}{{ messages[0].content }}"
+    with load(write_tiny_model(tmp_path / "m.gguf", chat_template=template)) as engine:
+        assert text_of(engine, engine.encode(HELLO)) == "hello"
+        chat: list[Message] = [*HELLO, {"role": "assistant", "content": "ho"}, *HELLO]
+        assert text_of(engine, engine.encode(chat[:3])) == "hello"
+        assert capsys.readouterr().err == ""
+        assert text_of(engine, engine.encode([*chat, chat[1], *HELLO])).endswith("User: hello\nAssistant:")
+        assert "refuses this chat: too long; using plain" in capsys.readouterr().err
+        assert not engine.has_chat_template
 
 
 def test_answers_repeat_and_count(engine: Engine) -> None:
@@ -113,7 +130,7 @@ def test_answer_ends_with_the_context(engine: Engine) -> None:
     assert len(prompt) + answer.answer_tokens == engine.n_ctx
 
 
-def test_next_turn_reads_only_what_is_new(engine: Engine) -> None:
+def test_next_turn_reads_only_what_is_new(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     long: list[Message] = [{"role": "user", "content": "x" * 300}]
     answer = engine.answer(engine.encode(long), GREEDY, 10)
     reply = "".join(answer)
@@ -123,17 +140,14 @@ def test_next_turn_reads_only_what_is_new(engine: Engine) -> None:
         {"role": "user", "content": "go on"},
     ]
     read: list[int] = []
-    evaluate = engine._llama.eval
+    compute = engine._llama.compute
 
-    def spy(tokens: list[int]) -> None:
+    def spy(tokens: Sequence[int]) -> None:
         read.append(len(tokens))
-        evaluate(tokens)
+        compute(tokens)
 
-    engine._llama.eval = spy
-    try:
-        assert next(iter(engine.answer(engine.encode(turn), GREEDY, 10)))
-    finally:
-        engine._llama.eval = evaluate
+    monkeypatch.setattr(engine._llama, "compute", spy)
+    assert next(iter(engine.answer(engine.encode(turn), GREEDY, 10)))
     assert read[0] < 100 < len(engine.encode(turn))
 
 

@@ -1,16 +1,18 @@
 """`tritrun chat`: the interactive loop and the single answer."""
 
 import secrets
+import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritconv.console import err, error, note, write_answer
+from tritconv.console import err, error, note, without_controls, write_answer
 from tritconv.errors import TritError
 from tritrun.conversation import Conversation
-from tritrun.engine import Answer, Engine, Finish, Sampling
+from tritrun.engine import Answer, Engine, Finish
+from tritrun.llama import Sampling
 
 _HELP = """\
 /help        this list
@@ -20,6 +22,7 @@ _HELP = """\
 /exit        leave, as Ctrl-D does
 Ctrl-C stops an answer; a second Ctrl-C leaves."""
 
+_PASTE_SECONDS = 0.03  # within which the lines of a pasted text follow each other; nobody types that fast
 _RANDOM_SEED = 0xFFFFFFFF  # llama.cpp draws a seed for this one
 
 _ENDINGS: dict[Finish | None, str] = {
@@ -54,8 +57,6 @@ class Chat:
             "/load": self._load,
             "/exit": self._exit,
         }
-        if not engine.has_chat_template:
-            note("the model has no chat template: using plain 'User:' and 'Assistant:' lines")
 
     def answer_once(self, question: str) -> None:
         """Write one answer and a line feed to stdout; counters to stderr if that is a terminal.
@@ -68,8 +69,11 @@ class Chat:
             raise TritError("the prompt is empty")
         self._answer(question, report=err.is_terminal)
 
-    def run(self) -> None:
-        """Read questions and commands until the end of input.
+    def run(self) -> bool:
+        """Read questions and commands until the end of input: one a line, or on a terminal a pasted text of several.
+
+        Returns:
+            Whether all of them succeeded.
 
         Raises:
             KeyboardInterrupt: Ctrl-C at the prompt, right after another one.
@@ -77,16 +81,16 @@ class Chat:
         with suppress(ImportError):  # line editing and history at the prompt, where the platform has it
             import readline  # noqa: F401
         prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-        interrupted = False
+        interrupted = failed = False
         while True:
             try:
-                line = input(prompt).strip()
+                text = (_read_pasted(prompt) if prompt else input()).strip()
                 interrupted = False
-                self._take(line)
+                self._take(text)
             except EOFError:
                 if prompt:
                     err.print()
-                return
+                return not failed
             except KeyboardInterrupt:
                 if interrupted:
                     raise
@@ -94,15 +98,16 @@ class Chat:
                 err.print()
                 note("Ctrl-C again, Ctrl-D or /exit leaves the chat")
             except TritError as problem:
+                failed = True
                 error(problem)
 
-    def _take(self, line: str) -> None:
+    def _take(self, text: str) -> None:
         """Obey a command, or answer a question."""
-        if not line.startswith("/"):
-            if line:
-                self._answer(line, report=True)
+        if not text.startswith("/") or "\n" in text:
+            if text:
+                self._answer(text, report=True)
             return
-        name, _, argument = line.partition(" ")
+        name, _, argument = text.partition(" ")
         if name not in self._commands:
             raise TritError(f"unknown command {name}; /help lists them")
         self._commands[name](argument.strip())
@@ -122,19 +127,27 @@ class Chat:
         # Another seed for each turn, or the same words would come back; the same ones for the same --seed.
         seed = (self._seed + len(conversation.messages) // 2) % _RANDOM_SEED
         answer = self._engine.answer(prompt, Sampling(options.temperature, options.top_p, seed), options.max_tokens)
-        pieces: list[str] = []
-        begun = False
+        said: list[str] = []
+        reasoning = _Reasoning()
         try:
-            for piece in answer:
-                pieces.append(piece)
-                write_answer(piece if begun else piece.lstrip())
-                begun = begun or not piece.isspace()
+            for kind, piece in answer.parts():
+                if kind == "reasoning":
+                    reasoning.show(piece)
+                    continue
+                reasoning.end()
+                piece = piece if said else piece.lstrip()
+                if piece:
+                    said.append(piece)
+                    write_answer(piece)
         except KeyboardInterrupt:
             answer.finish = "interrupted"
             raise
         finally:
-            conversation.reply("".join(pieces))
+            conversation.reply("".join(said))
+            reasoning.end()
             write_answer("\n")
+            if reasoning.seen and not said:
+                note(f"the model only reasoned and gave no answer{_ENDINGS.get(answer.finish, '')}")
             if report:
                 note(_report(answer))
 
@@ -157,6 +170,50 @@ class Chat:
 
     def _exit(self, _argument: str) -> None:
         raise EOFError
+
+
+class _Reasoning:
+    """Reasoning as it comes: dim on a terminal, left out elsewhere. It goes to stderr, as stdout is for answers."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._in_line = False
+
+    def show(self, text: str) -> None:
+        """Write a piece of it."""
+        text = text if self.seen else text.lstrip()
+        if text:
+            self.seen = True
+            if err.is_terminal:
+                self._in_line = not text.endswith("\n")
+                shown = without_controls(text)
+                err.print(shown, style="dim", end="", markup=False, emoji=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Let the answer begin on a line of its own."""
+        if self._in_line:
+            err.print()
+            self._in_line = False
+
+
+def _read_pasted(prompt: str) -> str:
+    """A line of the terminal, or all lines of a text that is pasted there.
+
+    GNU readline takes a pasted text for one line, if the terminal marks it. Elsewhere its lines come by themselves, but
+    together. Lines that are there before the prompt were typed during an answer: each is a question.
+    """
+    typed_ahead = _is_waiting(0)
+    lines = [input(prompt)]
+    while not typed_ahead and _is_waiting(_PASTE_SECONDS):
+        lines.append(input())
+    return "\n".join(lines)
+
+
+def _is_waiting(seconds: float) -> bool:
+    """Whether the terminal has input, now or within this time."""
+    if sys.platform == "win32":  # select knows only sockets there
+        return False
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 
 def _required_path(command: str, file: str) -> Path:

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from tritconv.commands import examples, new_app
 from tritconv.console import err, forgive_encodings, note, out
-from tritconv.model_file import read_model_file
 from tritrun import variants
+from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
 from tritrun.charts import as_svg
 from tritrun.chat import Chat, ChatOptions
@@ -23,9 +23,11 @@ from tritrun.compare_plan import Plan, SpeedSettings
 from tritrun.engine import Engine
 from tritrun.files import check_writable, write_text_atomically
 from tritrun.machine import available_memory, physical_cores
+from tritrun.models import read_text_model
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
+from tritrun.tools import library_folder
 from tritrun.versions import version
 
 
@@ -85,20 +87,25 @@ def chat(
     threads: ThreadsOption = None,
     cpu: CpuOption = None,
     gpu_layers: Annotated[int, typer.Option(min=-1, metavar="N", help="Layers to keep on a GPU; -1 is all.")] = 0,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
+    ] = True,
 ) -> None:
     """Chat with a model.
 
-    Answers are streamed to stdout, everything else goes to stderr. /help in the chat lists its commands.
+    Answers are streamed to stdout, everything else goes to stderr, reasoning included, which only a terminal shows.
+    /help in the chat lists its commands.
     """
     forgive_encodings()
     variants.force(cpu)
-    file = read_model_file(model)
+    file = read_text_model(model)
     threads = threads or physical_cores()
     question = sys.stdin.read() if prompt == "-" else prompt
     interactive = question is None and err.is_terminal
     if interactive:
         note(f"loading {file.path.name} ({human_size(file.size)})")
-    with Engine(file, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers) as engine:
+    end_in_one_line(file.path, library_folder())
+    with Engine(file, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers, check=check) as engine:
         session = Chat(engine, ChatOptions(temp, top_p, seed, max_tokens), system)
         if question is not None:
             session.answer_once(question)
@@ -106,7 +113,8 @@ def chat(
         if interactive:
             about = f"{file.name}, {file.main_type}, {engine.n_ctx} tokens of context"
             note(f"{about}, {threads} threads, {variants.in_use()}; /help lists the commands")
-        session.run()
+        if not session.run() and not sys.stdin.isatty():
+            raise typer.Exit(1)
 
 
 @app.command(
@@ -136,7 +144,7 @@ def perplexity(
     """Measure how well a model predicts a text, with llama.cpp's own llama-perplexity."""
     variants.force(cpu)
     run = Run(file, ctx, chunks, threads or physical_cores())
-    result = run.measure(read_model_file(model), read_model_file(base) if base else None, logits)
+    result = run.measure(read_text_model(model), read_text_model(base) if base else None, logits)
     if json == "-":
         typer.echo(result.as_json(), nl=False)
         return
@@ -160,7 +168,7 @@ def bench(
 ) -> None:
     """Measure the speed of models, with llama.cpp's own llama-bench."""
     variants.force(cpu)
-    files = [read_model_file(model) for model in models]
+    files = [read_text_model(model) for model in models]
     for file in files:
         file.check_memory(prompt_tokens, available_memory())
     run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores())

@@ -1,17 +1,20 @@
 """The history of a chat: what was said, what still fits into the context, and the file it is saved in."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from tritconv.errors import TritError
-from tritrun.engine import Message, Role
 from tritrun.files import write_text_atomically
+from tritrun.template import Message, Role
 
 _FILE_FORMAT = "tritrun-chat"
 _FILE_VERSION = 1
 _MAX_FILE_BYTES = 64 * 1024 * 1024
+
+Encoded = TypeVar("Encoded", bound=Sized)
 
 
 @dataclass
@@ -49,19 +52,19 @@ class Conversation:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system is not None else []
         return system + self.messages[first:]
 
-    def fit(self, encode: Callable[[list[Message]], list[int]], n_ctx: int, room: int) -> tuple[list[int], int]:
+    def fit(self, encode: Callable[[list[Message]], Encoded], n_ctx: int, room: int) -> tuple[Encoded, int]:
         """Drop the oldest turns until prompt and answer fit into the context.
 
         Once it has to drop, it makes a quarter more space than needed: every drop changes the beginning of
         the prompt, and the model must then read all of it again.
 
         Args:
-            encode: gives the prompt's tokens for a list of messages.
+            encode: gives the prompt for a list of messages; its length is in tokens.
             n_ctx: context in tokens.
             room: tokens to leave for the answer.
 
         Returns:
-            The prompt's tokens and the number of turns dropped.
+            The prompt and the number of turns dropped.
 
         Raises:
             TritError: the last question alone does not fit; nothing is dropped then.

@@ -1,81 +1,72 @@
 """A model loaded into llama.cpp: turns a chat into tokens and streams the answer."""
 
 import codecs
-import ctypes
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Literal
 
 from tritconv.console import note
 from tritconv.errors import TritError
 from tritconv.model_file import ModelFile
+from tritrun import reasoning
+from tritrun.llama import Llama, Sampling, load_bindings
 from tritrun.machine import available_memory
+from tritrun.models import read_text
+from tritrun.prompt import encode
+from tritrun.template import BadTemplateError, ChatTemplate, Message, Prompt, plain_prompt
 
-if TYPE_CHECKING:
-    from llama_cpp import Llama
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "max-tokens", "context", "interrupted"]
 
 _DEFAULT_CONTEXT = 4096
-_CONTEXT_STEP = 256  # llama.cpp rounds the context up to this; the bindings' own buffers do not
+_TEMPLATE = "tokenizer.chat_template"
+_PLAIN = "using plain 'User:' and 'Assistant:' lines"
 _NEXT_QUESTION = "\nUser:"
 
 
-class Message(TypedDict):
-    """One message of a chat, in the form that chat templates take."""
-
-    role: Role
-    content: str
-
-
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn, after llama.cpp's top-k 40 and min-p 0.05. Temperature 0 is greedy."""
+class Encoded:
+    """A chat in tokens, ready for the next answer; `opening` is what of the answer the template has begun."""
 
-    temperature: float
-    top_p: float
-    seed: int
+    tokens: list[int]
+    opening: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class Engine:
     """A loaded model with one context. Close it, or use it in a `with` block."""
 
-    def __init__(self, model: ModelFile, *, n_ctx: int | None, threads: int, gpu_layers: int = 0) -> None:
+    def __init__(
+        self, model: ModelFile, *, n_ctx: int | None, threads: int, gpu_layers: int = 0, check: bool = True
+    ) -> None:
         """Load `model`.
 
         Args:
             n_ctx: context in tokens; 0 takes all that the model was trained for, None at most 4096 of it.
             threads: CPU threads.
             gpu_layers: layers to keep on a GPU, -1 for all.
+            check: see that all weights are valid.
 
         Raises:
-            TritError: the model does not fit into memory or llama.cpp refuses it.
+            TritError: the model does not fit into memory, is damaged, or llama.cpp refuses it.
         """
-        llama_cpp, log = _quiet_bindings()
         n_ctx = _context_length(n_ctx, model.trained_context)
-        if gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+        if gpu_layers and not load_bindings()[0].llama_supports_gpu_offload():
             note("this build of llama.cpp has no GPU support: --gpu-layers is ignored")
             gpu_layers = 0
         model.check_memory(n_ctx, available_memory(), on_gpu=model.share_of_layers(gpu_layers))
-        try:
-            self._llama: Llama = llama_cpp.Llama(
-                str(model.path),
-                n_ctx=-(-n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP,
-                n_threads=threads,
-                n_threads_batch=threads,
-                n_gpu_layers=gpu_layers,
-                verbose=False,
-            )
-        except Exception as error:  # the bindings raise whatever comes; the cause is in llama.cpp's log
-            raise TritError(f"{model.path}: llama.cpp cannot load it: {log.first_error or error}") from error
-        self._cpp = llama_cpp
-        self._vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
-        self._template = self._chat_template()
+        self._llama = Llama(model.path, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, check=check)
         self.n_ctx = n_ctx
+        self._merges_system = False
+        try:
+            if not self._llama.writes_by_decoder_alone:
+                raise TritError(f"{model.path} cannot be run: it is not a model that writes text from left to right")
+            self._template = self._chat_template(model)
+        except BaseException:
+            self._llama.close()
+            raise
 
     def __enter__(self) -> "Engine":
         return self
@@ -85,70 +76,60 @@ class Engine:
 
     @property
     def has_chat_template(self) -> bool:
-        """False if the model file has no template: then chats are plain `User:` and `Assistant:` lines."""
+        """False if there is no template that can be used: then chats are plain `User:` and `Assistant:` lines."""
         return self._template is not None
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Tokens of the whole chat, ready for the next answer.
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """The whole chat in tokens. What people and the model wrote stays text, whatever it looks like."""
+        llama = self._llama
+        prompt = self._render(messages)
+        tokens = encode(prompt, llama)
+        if llama.adds_bos and tokens[:1] != [llama.bos]:
+            tokens.insert(0, llama.bos)
+        return Encoded(tokens, prompt.opening)
 
-        Raises:
-            TritError: the model's chat template refuses the messages.
-        """
-        tokens: list[int] = self._llama.tokenize(
-            self._render(messages).encode(errors="replace"), add_bos=False, special=True
-        )
-        bos = self._llama.token_bos()
-        if self._cpp.llama_vocab_get_add_bos(self._vocab) and tokens[:1] != [bos]:
-            tokens.insert(0, bos)
-        return tokens
-
-    def answer(self, prompt: list[int], sampling: Sampling, max_tokens: int = 0) -> "Answer":
+    def answer(self, prompt: Encoded, sampling: Sampling, max_tokens: int = 0) -> "Answer":
         """The answer to `prompt`, to be iterated; `max_tokens` 0 means as many as the context holds."""
         return Answer(self, prompt, sampling, max_tokens)
 
-    def tokens(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+    def tokens(self, prompt: Encoded, sampling: Sampling) -> Iterator[int]:
         """Sample tokens after `prompt`, without end. What the last call has computed of it is used again."""
-        self._llama.set_seed(sampling.seed)
-        yield from self._llama.generate(prompt, temp=sampling.temperature, top_p=sampling.top_p)
+        return self._llama.generate(prompt.tokens, sampling)
 
     def ends_answer(self, token: int) -> bool:
         """True for an end-of-text or end-of-turn token."""
-        return bool(self._cpp.llama_vocab_is_eog(self._vocab, token))
+        return self._llama.ends_answer(token)
 
     def piece(self, token: int) -> bytes:
-        """The token's bytes; they may be part of a character. Control tokens have none."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = self._cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        """The token's bytes; they may be part of a character. Control tokens have none, but for marks of reasoning."""
+        if self._llama.is_control(token) and reasoning.is_in_mark(name := self._llama.name(token)):
+            return name.encode()
+        return self._llama.piece(token)
 
-    def _chat_template(self) -> "Jinja2ChatFormatter | None":
-        """The template of the model file, as a sandboxed Jinja program."""
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        def text(token: int) -> str:
-            if token < 0:
-                return ""
-            raw: bytes = self._cpp.llama_vocab_get_text(self._vocab, token)
-            return raw.decode(errors="replace")
-
-        template = self._llama.metadata.get("tokenizer.chat_template")
-        if template is None:
+    def _chat_template(self, model: ModelFile) -> ChatTemplate | None:
+        """The template of the model file that chats use; None if there is none, or it is of no use."""
+        source = read_text(model, _TEMPLATE)
+        if source is None:
+            note(f"the model has no chat template: {_PLAIN}")
             return None
-        bos, eos = text(self._llama.token_bos()), text(self._llama.token_eos())
-        return Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
-
-    def _render(self, messages: list[Message]) -> str:
-        if self._template is None:
-            return _plain_chat(messages)
+        llama = self._llama
         try:
-            prompt: str = self._template(messages=messages).prompt
-            return prompt
-        except Exception as error:  # a template is a program from the model file: it may raise anything
-            raise TritError(f"the model's chat template refuses this chat: {error}") from error
+            return ChatTemplate(source, {"bos_token": llama.name(llama.bos), "eos_token": llama.name(llama.eos)})
+        except BadTemplateError as error:
+            note(f"the model's chat template ({_TEMPLATE}) cannot be used: {error}; {_PLAIN}")
+            return None
+
+    def _render(self, messages: Sequence[Message]) -> Prompt:
+        if self._template is not None:
+            try:
+                if messages[0]["role"] == "system" and not self._template.takes_system and not self._merges_system:
+                    self._merges_system = True
+                    note("the model's chat template takes no system prompt: it goes before the first question")
+                return self._template.render(messages)
+            except BadTemplateError as error:
+                note(f"the model's chat template ({_TEMPLATE}) refuses this chat: {error}; {_PLAIN}")
+                self._template = None  # for the rest of the chat, or each turn would look another way
+        return plain_prompt(messages)
 
 
 class Answer:
@@ -161,7 +142,7 @@ class Answer:
         finish: what ended it, None if the caller stopped to iterate; the caller sets "interrupted".
     """
 
-    def __init__(self, engine: Engine, prompt: list[int], sampling: Sampling, max_tokens: int) -> None:
+    def __init__(self, engine: Engine, prompt: Encoded, sampling: Sampling, max_tokens: int) -> None:
         self._engine = engine
         self._prompt = prompt
         self._sampling = sampling
@@ -180,13 +161,19 @@ class Answer:
         return (self.answer_tokens - 1) / self.answer_seconds if self.answer_seconds > 0 else 0.0
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of the answer's text as they come, never half a character.
+        """Pieces of the answer proper, without the reasoning before it; see `parts`."""
+        return (text for kind, text in self.parts() if kind == "answer")
+
+    def parts(self) -> Iterator[reasoning.Part]:
+        """Pieces of reasoning and of the answer as they come, never half a character.
 
         Raises:
             TritError: llama.cpp failed.
         """
         text = self._text()
-        return text if self._engine.has_chat_template else until(_NEXT_QUESTION, text)
+        if not self._engine.has_chat_template:
+            text = until(_NEXT_QUESTION, text)
+        return reasoning.split(text, self._prompt.opening)
 
     def _text(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -198,21 +185,18 @@ class Answer:
 
     def _sampled(self) -> Iterator[int]:
         start = time.perf_counter()
-        try:
-            for token in self._engine.tokens(self._prompt, self._sampling):
-                if self.answer_tokens == 0:
-                    self.prompt_seconds = time.perf_counter() - start
-                self.answer_seconds = time.perf_counter() - start - self.prompt_seconds
-                if self._engine.ends_answer(token):
-                    self.finish = "stop"
-                    return
-                self.answer_tokens += 1
-                yield token
-                if self.answer_tokens >= self._limit:
-                    self.finish = self._at_limit
-                    return
-        except RuntimeError as error:
-            raise TritError(f"llama.cpp failed while answering: {error}") from error
+        for token in self._engine.tokens(self._prompt, self._sampling):
+            if self.answer_tokens == 0:
+                self.prompt_seconds = time.perf_counter() - start
+            self.answer_seconds = time.perf_counter() - start - self.prompt_seconds
+            if self._engine.ends_answer(token):
+                self.finish = "stop"
+                return
+            self.answer_tokens += 1
+            yield token
+            if self.answer_tokens >= self._limit:
+                self.finish = self._at_limit
+                return
 
 
 def until(stop: str, pieces: Iterable[str]) -> Iterator[str]:
@@ -231,50 +215,6 @@ def until(stop: str, pieces: Iterable[str]) -> Iterator[str]:
             yield ready
     if held:
         yield held
-
-
-def _plain_chat(messages: list[Message]) -> str:
-    """The chat as labelled lines, for a model without a template of its own."""
-    lines = [
-        content if message["role"] == "system" else f"{message['role'].capitalize()}: {content}"
-        for message in messages
-        if (content := message["content"].strip())
-    ]
-    return "\n".join([*lines, "Assistant:"])
-
-
-class _ErrorLog:
-    """Swallows llama.cpp's log and remembers the first error: later ones only repeat that loading failed."""
-
-    _LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR; 3 is WARN
-
-    def __init__(self) -> None:
-        self.first_error = ""
-
-    def __call__(self, level: int, text: bytes, _user_data: Any) -> None:
-        if level == self._LEVEL_ERROR and not self.first_error:
-            self.first_error = text.decode(errors="replace").strip()
-
-
-# The C library keeps calling back until it is unloaded, so this must live as long.
-_log_callback: Any = None
-
-
-def _quiet_bindings() -> tuple[ModuleType, _ErrorLog]:
-    """Import the bindings (half a second, hence here) and turn llama.cpp's log into an `_ErrorLog`.
-
-    Raises:
-        TritError: llama-cpp-python is missing or its library does not load.
-    """
-    global _log_callback
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise TritError(f"llama-cpp-python does not load ({error}); `make` builds and installs it") from error
-    log = _ErrorLog()
-    _log_callback = llama_cpp.llama_log_callback(log)
-    llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
-    return llama_cpp, log
 
 
 def _context_length(asked: int | None, trained: int) -> int:

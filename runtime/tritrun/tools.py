@@ -1,33 +1,40 @@
 """Find and run llama.cpp's own programs, which the patched llama-cpp-python brings along."""
 
+import ctypes
 import hashlib
 import importlib.util
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tritconv.errors import TritError
+from tritrun.aborts import NO_BACKTRACE, failed_check
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BIN_DIR = "TRITRUN_BIN_DIR"  # for developers of llama.cpp: a build folder to take the programs from
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a program ended. `last_error_line` is the last line it wrote to stderr."""
+    """How a program ended. `last_words` is the check that failed in it, else the last line it wrote to stderr."""
 
     exit_code: int
-    last_error_line: str
+    last_words: str
 
     @property
     def reason(self) -> str:
         """Why it failed, as far as it said."""
-        if self.exit_code < 0:
-            return f"killed by {signal.Signals(-self.exit_code).name}: {self.last_error_line}"
-        return self.last_error_line or f"exit code {self.exit_code}"
+        if self.exit_code >= 0:
+            return self.last_words or f"exit code {self.exit_code}"
+        name = signal.Signals(-self.exit_code).name
+        if name == "SIGKILL":  # no program says so of itself
+            return f"killed by {name}: is there too little memory?"
+        return f"killed by {name}: {self.last_words}" if self.last_words else f"killed by {name}"
 
 
 def find_tool(name: str, folder: Path | None = None) -> Path:
@@ -88,7 +95,7 @@ def run_tool(
     """
     command = [str(find_tool(name, folder)), *arguments]
     # Options come from the command line only; llama.cpp would also take them from the environment.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")} | NO_BACKTRACE
     try:
         process = subprocess.Popen(
             command,
@@ -98,18 +105,20 @@ def run_tool(
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
+            preexec_fn=_end_with_parent(),
         )
     except OSError as error:
         raise TritError(f"{command[0]} cannot be started: {error.strerror}") from error
     assert process.stdout is not None
     assert process.stderr is not None
     stderr = process.stderr
-    last_error_line = ""
+    failed = last_line = ""
 
     def drain() -> None:
-        nonlocal last_error_line
+        nonlocal failed, last_line
         for line in stderr:
-            last_error_line = line.strip() or last_error_line
+            failed = failed or failed_check(line) or ""
+            last_line = line.strip() or last_line
             on_stderr(line)
 
     drainer = threading.Thread(target=drain, daemon=True)
@@ -122,4 +131,22 @@ def run_tool(
     finally:
         process.kill()
         process.wait()
-    return Finished(exit_code, last_error_line)
+        drainer.join()
+        process.stdout.close()
+        stderr.close()
+    return Finished(exit_code, failed if exit_code < 0 and failed else last_line)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its program so that it does not outlive this process, even one that is killed."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # found here, as little may be done between fork and exec
+    parent = os.getpid()
+
+    def ask_for_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it has ended meanwhile
+            os._exit(1)
+
+    return ask_for_signal

@@ -1,0 +1,244 @@
+"""llama.cpp's C interface, as far as a chat needs it: load, tokenize, compute, draw.
+
+The class `Llama` of the bindings is not used: it compiles every chat template of a file, reads some of them a byte
+short, and cannot ask llama.cpp to check the weights.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tritconv.console import one_line
+from tritconv.errors import TritError
+
+_BATCH = 512  # tokens computed at once
+_TOP_K, _MIN_P = 40, 0.05
+_INVALID_DATA = "has invalid data"
+_FULL = 1  # llama_decode: no room left in the context
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, after llama.cpp's top-k 40 and min-p 0.05. Temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
+class Llama:
+    """A loaded model with one context. Close it."""
+
+    def __init__(self, path: Path, *, n_ctx: int, threads: int, gpu_layers: int, check: bool) -> None:
+        """Load a model.
+
+        Args:
+            n_ctx: context in tokens.
+            gpu_layers: layers to keep on a GPU, -1 for all.
+            check: whether all weights are valid: blocks of TRIT types, no NaN and no infinity.
+
+        Raises:
+            TritError: llama.cpp refuses the file.
+        """
+        self._cpp, log = load_bindings()
+        cpp = self._cpp
+        options = cpp.llama_model_default_params()
+        options.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 0x7FFFFFFF
+        options.check_tensors = check
+        self._model = cpp.llama_model_load_from_file(str(path).encode(errors="surrogateescape"), options)
+        if not self._model:
+            raise _refusal(path, log)
+        self._context = None
+        try:
+            self._context = cpp.llama_init_from_model(self._model, _context_options(cpp, n_ctx, threads))
+            if not self._context:
+                raise _refusal(path, log)
+        except BaseException:
+            self.close()
+            raise
+        self._memory = cpp.llama_get_memory(self._context)  # none where no token depends on earlier ones
+        self._vocab = cpp.llama_model_get_vocab(self._model)
+        self._seen: list[int] = []  # tokens that the context holds
+        self.n_ctx = n_ctx
+        self.bos: int = cpp.llama_vocab_bos(self._vocab)  # -1 if there is none
+        self.eos: int = cpp.llama_vocab_eos(self._vocab)
+        self.adds_bos: bool = cpp.llama_vocab_get_add_bos(self._vocab)
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._context:
+            self._cpp.llama_free(self._context)
+        if self._model:
+            self._cpp.llama_model_free(self._model)
+        self._context = self._model = None
+
+    @property
+    def writes_by_decoder_alone(self) -> bool:
+        """False for models with an encoder, with no decoder at all, or that keep nothing of earlier tokens."""
+        cpp, model = self._cpp, self._model
+        return bool(self._memory) and cpp.llama_model_has_decoder(model) and not cpp.llama_model_has_encoder(model)
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Tokens of `text`; where it spells a control token, that becomes one if `special`, else stays text.
+
+        Raises:
+            TritError: the text is larger than llama.cpp can count.
+        """
+        raw = text.encode(errors="replace")
+        room = len(raw) + 16  # a token has a byte at least; a few vocabularies put spaces before
+        if room >= 1 << 31:
+            raise TritError(f"a text of {len(raw)} bytes is too long for llama.cpp")
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            n = self._cpp.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, special)
+            if n >= 0:
+                return tokens[:n]
+            room = -n
+
+    def is_control(self, token: int) -> bool:
+        """True for a token that stands for no text, such as the end of a turn, or for one that is not known."""
+        cpp = self._cpp
+        kinds = cpp.LLAMA_TOKEN_ATTR_CONTROL | cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        return bool(cpp.llama_vocab_get_attr(self._vocab, token) & kinds)
+
+    def ends_answer(self, token: int) -> bool:
+        """True for an end-of-text or end-of-turn token."""
+        return bool(self._cpp.llama_vocab_is_eog(self._vocab, token))
+
+    def name(self, token: int) -> str:
+        """The token as the vocabulary spells it; empty for -1, the token that is not there."""
+        if token < 0:
+            return ""
+        raw: bytes = self._cpp.llama_vocab_get_text(self._vocab, token)
+        return raw.decode(errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        """The token's bytes; they may be part of a character. Control tokens have none."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """Draw tokens after `prompt`, without end. What the context holds of it is not computed again.
+
+        Raises:
+            TritError: llama.cpp fails.
+        """
+        sampler = self._sampler(sampling)
+        try:
+            new = self._keep_common(prompt)
+            while True:
+                self.compute(new)
+                token: int = self._cpp.llama_sampler_sample(sampler, self._context, -1)
+                yield token
+                new = [token]
+        finally:
+            self._cpp.llama_sampler_free(sampler)
+
+    def compute(self, tokens: Sequence[int]) -> None:
+        """Let the model read more tokens. Raises TritError if llama.cpp fails."""
+        for at in range(0, len(tokens), _BATCH):
+            part = list(tokens[at : at + _BATCH])
+            array = (ctypes.c_int32 * len(part))(*part)  # in a variable, as the batch points to it
+            batch = self._cpp.llama_batch_get_one(array, len(part))
+            if code := self._cpp.llama_decode(self._context, batch):
+                self._forget(0)  # what the context holds now is not known
+                reason = "the context is full" if code == _FULL else f"llama_decode returned {code}"
+                raise TritError(f"llama.cpp failed while answering: {reason}")
+            self._seen += part
+
+    def _keep_common(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Forget what the context holds beyond the beginning of `prompt`; returns its rest, one token at least."""
+        common = 0
+        for seen, wanted in zip(self._seen, prompt, strict=False):
+            if seen != wanted:
+                break
+            common += 1
+        self._forget(min(common, len(prompt) - 1))
+        return prompt[len(self._seen) :]
+
+    def _forget(self, first: int) -> None:
+        """Let the context hold `first` tokens only, or none where the model cannot go back."""
+        if first == 0 or not self._cpp.llama_memory_seq_rm(self._memory, -1, first, -1):
+            self._cpp.llama_memory_clear(self._memory, True)
+            first = 0
+        del self._seen[first:]
+
+    def _sampler(self, sampling: Sampling) -> Any:
+        cpp = self._cpp
+        chain = cpp.llama_sampler_chain_init(cpp.llama_sampler_chain_default_params())
+        if sampling.temperature == 0:
+            steps = [cpp.llama_sampler_init_greedy()]
+        else:
+            steps = [
+                cpp.llama_sampler_init_top_k(_TOP_K),
+                cpp.llama_sampler_init_top_p(sampling.top_p, 1),
+                cpp.llama_sampler_init_min_p(_MIN_P, 1),
+                cpp.llama_sampler_init_temp(sampling.temperature),
+                cpp.llama_sampler_init_dist(sampling.seed),
+            ]
+        for step in steps:
+            cpp.llama_sampler_chain_add(chain, step)
+        return chain
+
+
+class _ErrorLog:
+    """Swallows llama.cpp's log and remembers the first error: later ones only repeat that loading failed."""
+
+    _LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR; 3 is WARN
+
+    def __init__(self) -> None:
+        self.first_error = ""
+
+    def __call__(self, level: int, text: bytes, _user_data: Any) -> None:
+        if level == self._LEVEL_ERROR and not self.first_error:
+            self.first_error = text.decode(errors="replace").strip()
+
+
+# The C library keeps calling back until it is unloaded, so this must live as long.
+_log_callback: Any = None
+
+
+def load_bindings() -> tuple[ModuleType, _ErrorLog]:
+    """Import the bindings (half a second, hence here) and turn llama.cpp's log into an `_ErrorLog`.
+
+    Raises:
+        TritError: llama-cpp-python is missing or its library does not load.
+    """
+    global _log_callback
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise TritError(f"llama-cpp-python does not load ({error}); `make` builds and installs it") from error
+    log = _ErrorLog()
+    _log_callback = llama_cpp.llama_log_callback(log)
+    llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp, log
+
+
+def _context_options(cpp: ModuleType, n_ctx: int, threads: int) -> Any:
+    options = cpp.llama_context_default_params()
+    options.n_ctx = n_ctx
+    options.n_batch = options.n_ubatch = min(n_ctx, _BATCH)
+    options.n_threads = options.n_threads_batch = threads
+    options.flash_attn_type = cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return options
+
+
+def _refusal(path: Path, log: _ErrorLog) -> TritError:
+    reason = one_line(log.first_error) or "it does not say why"
+    if _INVALID_DATA in reason:
+        _, _, what = reason.rpartition(": ")
+        return TritError(
+            f"{path}: damaged: {what}: a weight that is not finite, or a block that no encoder writes; "
+            "download or convert the model again, or give --no-check to run it all the same"
+        )
+    return TritError(f"{path}: llama.cpp cannot load it: {reason}")
