@@ -169,11 +169,17 @@ HOSTILE = {
     # shapes and types of tensors
     "5 dimensions": (bare_gguf([], [tensor_entry("w", F32, (1,) * 5)]), "tensor 'w' has 5 dimensions"),
     "2^32 - 1 dimensions": (bare_gguf([], [string("w") + b"\xff" * 4]), "tensor 'w' has 4294967295 dimensions"),
-    "dimension 0": (bare_gguf([], [tensor_entry("w", F32, (0, 4))]), "tensor 'w' is 0 x 4 large"),
-    "zero rows": (bare_gguf([], [tensor_entry("w", F32, (64, 0))]), "tensor 'w' is 64 x 0 large"),
-    "negative dimension": (bare_gguf([], [tensor_entry("w", F32, (2**64 - 1,))]), "18446744073709551615 large"),
-    "product over 2^63": (bare_gguf([], [tensor_entry("w", F32, (2**32, 2**32))]), "4294967296 x 4294967296 large"),
-    "product that wraps to 4": (bare_gguf([], [tensor_entry("w", F32, (2**62, 2**2 + 1))]), "x 5 large"),
+    "dimension 0": (bare_gguf([], [tensor_entry("w", F32, (0, 4))]), "tensor 'w' has the impossible shape 0 x 4"),
+    "zero rows": (bare_gguf([], [tensor_entry("w", F32, (64, 0))]), "has the impossible shape 64 x 0"),
+    "negative dimension": (
+        bare_gguf([], [tensor_entry("w", F32, (2**64 - 1,))]),
+        "impossible shape 18446744073709551615",
+    ),
+    "product over 2^63": (bare_gguf([], [tensor_entry("w", F32, (2**32, 2**32))]), "shape 4294967296 x 4294967296"),
+    "product that wraps to 4": (
+        bare_gguf([], [tensor_entry("w", F32, (2**62, 2**2 + 1))]),
+        "impossible shape 4611686018427387904 x 5",
+    ),
     "a tensor beyond the file": (bare_gguf([], [tensor_entry("w", F32, (2**61,))]), "truncated: tensor 'w'"),
     "rows of 96 in TRIT3": (
         bare_gguf([], [tensor_entry("w", TRIT3, (96,))]),

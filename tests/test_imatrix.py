@@ -1,5 +1,7 @@
 """Importance matrices: read as llama-quantize reads them, and used as it uses them."""
 
+import re
+import struct
 import subprocess
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from checkpoints import llama_quantize, make_checkpoint, to_f16_gguf, tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
+from test_hostile_headers import HOSTILE
 
 from tritconv.errors import TritError
 from tritconv.format import DEPTHS
@@ -70,7 +73,10 @@ def test_sums_over_counts(tmp_path: Path) -> None:
         ({"a.weight": _f32(1)}, "holds no importances"),
         ({"a.in_sum2": _f32(1, 2)}, "a has sums but no counts"),
         ({"a.in_sum2": _f32(1, 2, 3), "a.counts": _f32(1, 2)}, "3 sums for 2 counts"),
-        ({"a.in_sum2": _f32(1, 2), "a.counts": np.zeros(0, np.float32)}, "2 sums for 0 counts"),
+        (
+            {"a.in_sum2": _f32(1, 2), "a.counts": np.zeros(0, np.float32)},
+            "tensor 'a.counts' has the impossible shape 0",
+        ),
         ({"a.in_sum2": _f32(1, np.nan), "a.counts": _f32(1)}, "a: a value is negative or not finite"),
         ({"a.in_sum2": _f32(1, np.inf), "a.counts": _f32(1)}, "a: a value is negative or not finite"),
         ({"a.in_sum2": _f32(1, -2), "a.counts": _f32(1)}, "a: a value is negative or not finite"),
@@ -104,19 +110,101 @@ def test_not_an_imatrix_file(made_by_llama: Path, f16_gguf: Path, tmp_path: Path
         read_imatrix(f16_gguf)
 
 
-def test_the_old_format_becomes_the_new_one_as_the_message_says(
-    made_by_llama: Path, f16_gguf: Path, tmp_path: Path
-) -> None:
-    imatrix_tool, old, new = str(ggml.tool("llama-imatrix")), tmp_path / "old.dat", tmp_path / "old.gguf"
-    arguments = ["-m", f16_gguf, "--in-file", made_by_llama, "--output-format", "dat", "-o", old]
-    subprocess.run([imatrix_tool, *map(str, arguments)], capture_output=True, check=True)
-    with pytest.raises(TritError, match="no imatrix in GGUF format") as caught:
-        read_imatrix(old)
-    command = str(caught.value).partition("llama-imatrix ")[2].replace("MODEL.gguf", str(f16_gguf)).split()
-    subprocess.run([imatrix_tool, *command], capture_output=True, check=True, cwd=tmp_path)
-    again = read_imatrix(new)
-    for name, importance in read_imatrix(made_by_llama).items():
-        assert np.allclose(again[name], importance, rtol=1e-5)
+def _old(path: Path, entries: list[tuple[bytes, int, np.ndarray]]) -> Path:
+    """A file in the old format: names, calls, and mean squares times the calls."""
+    content = struct.pack("<i", len(entries))
+    for name, calls, values in entries:
+        content += struct.pack("<i", len(name)) + name + struct.pack("<ii", calls, values.size)
+        content += values.astype("<f4").tobytes()
+    path.write_bytes(content + struct.pack("<ii", 7, 5) + b"a.txt")
+    return path
+
+
+def test_the_old_format_says_the_same(made_by_llama: Path, f16_gguf: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old.dat", tmp_path / "new.gguf"
+    command = [str(ggml.tool("llama-imatrix")), "-m", str(f16_gguf), "--in-file"]
+    subprocess.run([*command, made_by_llama, "--output-format", "dat", "-o", old], capture_output=True, check=True)
+    subprocess.run([*command, old, "-o", new], capture_output=True, check=True)
+    wanted = read_imatrix(made_by_llama)
+    for path in (old, new):
+        got = read_imatrix(path)
+        assert got.keys() == wanted.keys()
+        assert all(np.allclose(got[name], wanted[name], rtol=1e-5) for name in wanted)
+
+
+def test_the_old_format_for_experts(experts_gguf: Path, tmp_path: Path) -> None:
+    """As llama-quantize takes it: mean squares of each expert, and ones for those that saw no token."""
+    made_up = _made_up(experts_gguf)
+    names = [name.removesuffix(".in_sum2") for name in made_up if name.endswith(".in_sum2")]
+    entries = []
+    for name in names:
+        counts = made_up[f"{name}.counts"]
+        means = np.where(counts > 0, made_up[f"{name}.in_sum2"] / np.maximum(counts, 1), 1)
+        entries.append((name.encode(), 3, 3 * means))
+    old = _old(tmp_path / "imatrix.dat", entries)
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    done = llama_quantize("--imatrix", old, experts_gguf, theirs, "TRIT2")
+    assert done.returncode == 0, done.stderr
+    done = tritconv("gguf-to-gguf", experts_gguf, "--depth", 2, "-o", ours, "--imatrix", old)
+    assert done.returncode == 0, done.stderr
+    assert "experts that saw no token, so all columns alike: 1 of 4 in blk.0.ffn_" in " ".join(done.stdout.split())
+    wanted, got = (_matrices(path, Type.TRIT2) for path in (theirs, ours))
+    assert len([name for name in got if "_exps." in name]) == 6
+    assert wanted == got
+
+
+ONES = np.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([], "0 entries"),
+        ([(b"", 1, ONES)], "0 bytes in a name"),
+        ([(b"n" * 5000, 1, ONES)], "5000 bytes in a name"),
+        ([(b"a", -1, ONES)], "-1 calls"),
+        ([(b"a", 1, ONES[:0])], "0 values"),
+        ([(b"a", 1, ONES), (b"a", 1, ONES)], "a is there twice"),
+        ([(b"a\x1b", 1, -ONES)], "a has a value that is negative or not finite"),
+        ([(b"a", 1, np.nan * ONES)], "a has a value that is negative or not finite"),
+    ],
+)
+def test_damaged_in_the_old_format(entries: list[tuple[bytes, int, np.ndarray]], words: str, tmp_path: Path) -> None:
+    path = _old(tmp_path / "x.dat", entries)
+    with pytest.raises(TritError, match="is no imatrix, in GGUF or in the old format, or it is damaged: ") as caught:
+        read_imatrix(path)
+    assert words in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_cut_off_in_the_old_format(tmp_path: Path) -> None:
+    path = _old(tmp_path / "x.dat", [(b"a.weight", 1, ONES), (b"b.weight", 2, 2 * ONES)])
+    data = path.read_bytes()
+    for length in range(len(data) - 13):  # which are the text's
+        path.write_bytes(data[:length])
+        with pytest.raises(TritError, match="is no imatrix"):
+            read_imatrix(path)
+    path.write_bytes(data[:-13])
+    assert {name: values.tolist() for name, values in read_imatrix(path).items()} == {
+        "a.weight": [[1, 1, 1, 1]],
+        "b.weight": [[1, 1, 1, 1]],
+    }
+
+
+@pytest.mark.parametrize("values", [2**31 - 1, 2**27])
+def test_a_sparse_file_in_the_old_format(values: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.dat"
+    path.write_bytes(struct.pack("<ii1sii", 2, 1, b"a", 1, values))
+    with pytest.raises(TritError, match="is no imatrix"):
+        read_imatrix(path)
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_bad_headers(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(HOSTILE[what][0])
+    with pytest.raises(TritError, match=re.escape(HOSTILE[what][1])):
+        read_imatrix(path)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -205,16 +293,18 @@ def test_of_another_model(experts_gguf: Path, f16_gguf: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "code", "words"),
     [
-        (("--method", "imatrix"), "--method imatrix needs importances: add --imatrix FILE"),
-        (("--method", "search", "--imatrix", "x.gguf"), "--method search does not use --imatrix"),
-        (("--imatrix", "none.gguf"), "none.gguf: no such file"),
+        (("--method", "imatrix"), 2, "--method imatrix needs importances: add --imatrix FILE"),
+        (("--method", "search", "--imatrix", "x.gguf"), 2, "--method search does not use --imatrix"),
+        (("--imatrix", "none.gguf"), 1, "none.gguf: no such file"),
     ],
 )
-def test_options_that_do_not_go_together(options: tuple[str, ...], words: str, f16_gguf: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_go_together(
+    options: tuple[str, ...], code: int, words: str, f16_gguf: Path, tmp_path: Path
+) -> None:
     done = tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", tmp_path / "x.gguf", *options)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (code, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert words in line

@@ -489,7 +489,7 @@ class _HeaderReader:
                 raise self._damaged(f"tensor '{name}' has {n_dims} dimensions")
             shape = tuple(self._number(_U64) for _ in range(n_dims)) or (1,)
             if 0 in shape or math.prod(shape) > _MAX_ELEMENTS:
-                raise self._damaged(f"tensor '{name}' is {' x '.join(map(str, shape))} large")
+                raise self._damaged(f"tensor '{name}' has the impossible shape {' x '.join(map(str, shape))}")
             type_id, offset = self._number(_U32), self._number(_U64)
             yield self._tensor(name, shape, type_id, offset)
 
