@@ -1,23 +1,19 @@
-"""Calibration: text, layers, moments, rows, and what is kept on disk."""
+"""Calibration: layers, moments, rows, and text that the model writes."""
 
-import json
-import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import HIDDEN, exact_model, make_checkpoint
 
-from tritconv.calibration import own_text, rare_words
+from tritconv.calibration import own_text
+from tritconv.calibration.inputs import Inputs
 from tritconv.calibration.matrices import Matrix, Recorder, matrices_of, stages
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import LayerStreams
 from tritconv.calibration.rows import RowIndex
 from tritconv.calibration.store import LayerStore
-from tritconv.calibration.text import TextOptions, read, sequences
-from tritconv.errors import TritError
 
 LENGTH = 32
 
@@ -37,44 +33,6 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 600, (6, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def text_file(folder: Path, name: str, content: str) -> Path:
-    path = folder / name
-    path.write_text(content, encoding="utf-8")
-    return path
-
-
-def sequences_of(options: TextOptions, model: LayeredModel) -> torch.Tensor:
-    return sequences(read(options.files, model.tokenizer), options, model.tokenizer)
-
-
-def test_sequences_are_seeded_and_start_as_the_tokenizer_wants(model: LayeredModel, tmp_path: Path) -> None:
-    file = text_file(tmp_path, "text.txt", "The quick brown fox jumps over the lazy dog. " * 100)
-    options = TextOptions((file,), n_tokens=4 * LENGTH, length=LENGTH, seed=3)
-    first = sequences_of(options, model)
-    assert first.shape == (4, LENGTH)
-    start = model.tokenizer("").input_ids
-    assert all(row[: len(start)].tolist() == start for row in first)
-    assert torch.equal(first, sequences_of(options, model))
-    other = sequences_of(TextOptions((file,), 4 * LENGTH, LENGTH, seed=4), model)
-    assert not torch.equal(first, other)
-
-
-def test_placeholders_become_words_of_the_vocabularys_pieces(model: LayeredModel) -> None:
-    documents = ["<unk> met <unk>s , and Anna met", "nobody", "( <unk> )"]
-    filled, n_words = rare_words.fill(documents, model.tokenizer, seed=3)
-    assert n_words == 3
-    words = re.fullmatch(r"(\w+) met (\w+)s , and Anna met\nnobody\n\( (\w+) \)", "\n".join(filled))
-    assert words, filled
-    assert all(word.istitle() for word in words.groups())
-    assert rare_words.fill(documents, model.tokenizer, seed=3) == (filled, n_words)
-    assert rare_words.fill(documents, model.tokenizer, seed=4)[0] != filled
-
-
-def test_a_vocabulary_without_words_leaves_placeholders(model: LayeredModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.tokenizer, "get_vocab", lambda: {"<unk>": 0, "▁一": 1, "二": 2})
-    assert rare_words.fill(["<unk> a"], model.tokenizer, seed=0) == (["<unk> a"], 0)
-
-
 def test_the_model_goes_on_from_the_text(
     model: LayeredModel, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +41,7 @@ def test_the_model_goes_on_from_the_text(
     def write(cache: str, seed: int = 0, count: int = 10) -> torch.Tensor:
         monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path / cache))
         steps: list[int] = []
-        store = own_text.open_store(model, "digest", tokens, seed)
+        store = LayerStore(Inputs("own text", "digest", "", seed, model.machinery), "tiny")
         written = own_text.write(model, tokens, count, seed, store, lambda done, _: steps.append(done))
         assert steps == sorted(steps)
         return written
@@ -99,41 +57,6 @@ def test_the_model_goes_on_from_the_text(
         kept.unlink()
     assert torch.equal(first, write("a"))
     assert torch.equal(first[:7], write("c", count=7))
-
-
-def test_json_lines_with_text_and_messages(
-    model: LayeredModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    messages = [{"role": "user", "content": "Say something long, please."}, {"role": "assistant", "content": "No."}]
-    lines = [json.dumps({"text": "Plain text. " * 20}), "", json.dumps({"messages": messages})]
-    file = text_file(tmp_path, "chat.jsonl", "\n".join(lines))
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    monkeypatch.setattr(model.tokenizer, "chat_template", template)
-    found = sequences_of(TextOptions((file,), 4096, LENGTH), model)
-    assert "<assistant>" in model.tokenizer.decode(found.flatten())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("short.txt", "too short", "too few for one sequence"),
-        ("broken.jsonl", '{"text": "a"}\n{', "line 2 is not JSON"),
-        ("other.jsonl", '{"prompt": "a"}', 'neither "text" nor "messages"'),
-        ("chat.jsonl", '{"messages": []}', "no chat template"),
-    ],
-)
-def test_bad_text(model: LayeredModel, tmp_path: Path, name: str, content: str, reason: str) -> None:
-    options = TextOptions((text_file(tmp_path, name, content),), 4096, LENGTH)
-    with pytest.raises(TritError, match=reason):
-        sequences_of(options, model)
-
-
-def test_binary_and_missing_text(model: LayeredModel, tmp_path: Path) -> None:
-    binary = tmp_path / "binary"
-    binary.write_bytes(b"\xff\xfe\x00")
-    for path, reason in ((binary, "not UTF-8"), (tmp_path / "nowhere", "cannot read")):
-        with pytest.raises(TritError, match=reason):
-            sequences_of(TextOptions((path,), 4096), model)
 
 
 def test_layers_give_what_the_model_gives(model: LayeredModel, tokens: torch.Tensor) -> None:
@@ -228,17 +151,3 @@ def test_rows_are_found_whatever_their_order() -> None:
     changed = weights.copy()
     changed[5, 5] += 1
     assert index.find(changed) is None
-
-
-def test_store_keeps_layers_and_forgives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path))
-    key: dict[str, Any] = {"tokens": "abc", "depth": 2}
-    store = LayerStore(key)
-    assert store.load(0) is None
-    store.save(0, {"x": np.arange(5, dtype=np.uint8)})
-    loaded = LayerStore(dict(reversed(key.items()))).load(0)
-    assert loaded is not None
-    assert (loaded["x"] == np.arange(5)).all()
-    assert LayerStore(key | {"depth": 3}).load(0) is None
-    (store.folder / "layer-0000.safetensors").write_bytes(b"damaged")
-    assert store.load(0) is None

@@ -10,10 +10,13 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 from tritconv import ggml
+from tritconv.allocate import CANDIDATES
+from tritconv.calibration.inputs import Inputs, digest_of_tokens
 from tritconv.calibration.matrices import Matrix, matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import RowMap
-from tritconv.calibration.sensitivity import CANDIDATES, Losses, measure, open_store
+from tritconv.calibration.sensitivity import Losses, measure, origins
+from tritconv.calibration.store import LayerStore
 
 Q, DOWN = Matrix("self_attn.q_proj.weight"), Matrix("mlp.down_proj.weight")
 
@@ -50,9 +53,14 @@ def one_to_one(model: LayeredModel) -> dict[str, RowMap]:
     return maps
 
 
+def store_of(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap], seed: int) -> LayerStore:
+    inputs = Inputs("sensitivity", "tiny", digest_of_tokens(tokens), seed, model.machinery, origins(maps))
+    return LayerStore(inputs, "tiny")
+
+
 def measured(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap] | None = None, seed: int = 0) -> Losses:
     maps = one_to_one(model) if maps is None else maps
-    return measure(model, maps, tokens, seed, open_store(repr(sorted(maps)), tokens, seed), lambda what: None)
+    return measure(model, maps, tokens, seed, store_of(model, tokens, maps, seed), lambda what: None)
 
 
 def stored(weights: torch.Tensor, qtype: Type) -> torch.Tensor:
@@ -149,12 +157,12 @@ def test_same_seed_same_losses(
 def test_kept_losses_are_used_once_all_are_there(model: LayeredModel, tokens: torch.Tensor) -> None:
     maps = one_to_one(model)
     steps: list[str] = []
-    store = open_store("model", tokens, 0)
+    store = store_of(model, tokens, maps, 0)
     first = measure(model, maps, tokens, 0, store, steps.append)
     assert steps
     steps.clear()
     assert measure(model, maps, tokens, 0, store, steps.append) == first
     assert not steps
-    (store.folder / "layer-0001.safetensors").unlink()
+    (store.entry.folder / "layer-0001.safetensors").unlink()
     assert measure(model, maps, tokens, 0, store, steps.append) == first
     assert steps

@@ -8,16 +8,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.table import Table
 
 from tritconv.encode import n_bytes
-from tritconv.errors import TritError
-from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.errors import TritError, UsageError
+from tritconv.gguf_types import TRIT_TYPE
+from tritconv.plan import Kind, SourceTensor, TypePlan, fits
+
+CANDIDATES = (TRIT_TYPE[2], TRIT_TYPE[3], TRIT_TYPE[4], GGMLQuantizationType.Q8_0)
 
 _ALIGNMENT = 32  # of a tensor's data in a GGUF file
 
 Losses = Mapping[str, Mapping[GGMLQuantizationType, float]]  # by tensor and type, in any unit
+
+
+def bits_range(any_type: bool) -> tuple[float, float]:
+    """The least and the most bits per weight that a model can have: by the candidates alone, or by any type."""
+    if any_type:
+        return _bits(TRIT_TYPE[1]), _bits(GGMLQuantizationType.F32)
+    bits = [_bits(qtype) for qtype in CANDIDATES]
+    return min(bits), max(bits)
+
+
+def _bits(qtype: GGMLQuantizationType) -> float:
+    block, size = GGML_QUANT_SIZES[qtype]
+    return 8 * size / block
 
 
 class Budget(Protocol):
@@ -86,7 +102,7 @@ class FileSize:
 def _out_of_range(option: str, least: float, most: float, unit: str) -> TritError:
     # rounded inwards, so that both ends can be had
     bounds = f"{math.ceil(100 * least) / 100:.2f} to {math.floor(100 * most) / 100:.2f}"
-    return TritError(f"{option} is out of range: this model can have {bounds} {unit}")
+    return UsageError(f"{option} is out of range: this model can have {bounds} {unit}")
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,26 @@ def _role(name: str) -> str:
     return _NUMBER.sub("", name).removeprefix("blk.").removesuffix(".weight")
 
 
+def check(tensors: Sequence[SourceTensor], plan: TypePlan, budget: Budget) -> None:
+    """See whether a size can be had at all, by the shapes of the tensors alone. Raises UsageError."""
+    matrices = _matrices(tensors)
+    if not matrices:
+        raise UsageError("the model has no matrices to choose types for: give --depth")
+    sizes = []
+    for tensor in matrices:
+        types = [] if tensor.name in plan.single else [qtype for qtype in CANDIDATES if fits(tensor, qtype)]
+        sizes.append([budget.size(tensor, qtype) for qtype in types or [plan.type_of(tensor)]])
+    least, most = (sum(map(end, sizes)) for end in (min, max))
+    n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
+    if not least <= budget.room(n_weights) <= most:
+        raise budget.refuse(least, most, n_weights)
+
+
+def _matrices(tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
+    """Those of the layers that may have any type."""
+    return [tensor for tensor in tensors if tensor.kind is Kind.MATRIX and tensor.kept_type is None]
+
+
 def allocate(tensors: Sequence[SourceTensor], losses: Losses, plan: TypePlan, budget: Budget) -> Allocation:
     """Choose types for the matrices of the layers.
 
@@ -147,7 +183,7 @@ def allocate(tensors: Sequence[SourceTensor], losses: Losses, plan: TypePlan, bu
     Raises:
         TritError: that size cannot be had.
     """
-    matrices = [tensor for tensor in tensors if tensor.kind is Kind.MATRIX and tensor.kept_type is None]
+    matrices = _matrices(tensors)
     free = [tensor for tensor in matrices if losses.get(tensor.name) and tensor.name not in plan.single]
     hulls = {tensor.name: _hull(tensor, losses[tensor.name], budget) for tensor in free}
     fixed = sum(budget.size(tensor, plan.type_of(tensor)) for tensor in matrices if tensor.name not in hulls)
@@ -155,7 +191,7 @@ def allocate(tensors: Sequence[SourceTensor], losses: Losses, plan: TypePlan, bu
     n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
     least, most = (fixed + sum(hull[end].size for hull in hulls.values()) for end in (0, -1))
     room = budget.room(n_weights)
-    if not matrices or room < least or room > most:
+    if room < least or room > most:
         raise budget.refuse(least, most, n_weights)
     chosen = _descend(hulls, room - least)
     return Allocation(

@@ -104,14 +104,15 @@ class TypePlan:
     def type_of(self, tensor: SourceTensor) -> GGMLQuantizationType:
         """The type of a tensor; where its rows do not fit into blocks, the fallback, then F16."""
         wanted = self.wanted(tensor)
-        return wanted if _fits(tensor, wanted) else self.fallback_of(tensor)
+        return wanted if fits(tensor, wanted) else self.fallback_of(tensor)
 
     def fallback_of(self, tensor: SourceTensor) -> GGMLQuantizationType:
         """The type of a tensor that its own type cannot hold."""
-        return self.fallback if _fits(tensor, self.fallback) else GGMLQuantizationType.F16
+        return self.fallback if fits(tensor, self.fallback) else GGMLQuantizationType.F16
 
 
-def _fits(tensor: SourceTensor, qtype: GGMLQuantizationType) -> bool:
+def fits(tensor: SourceTensor, qtype: GGMLQuantizationType) -> bool:
+    """Whether the rows of a tensor are whole blocks of a type."""
     return tensor.shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0
 
 

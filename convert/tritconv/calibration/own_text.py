@@ -11,33 +11,13 @@ from typing import Any
 import torch
 
 from tritconv.calibration.model import LayeredModel
-from tritconv.calibration.store import LayerStore, digest_of_tokens
+from tritconv.calibration.store import LayerStore
 from tritconv.errors import TritError, first_line
 
-_VERSION = 1  # of what is written: what an older method kept is not taken for this one's
 _PROMPT = 16  # tokens
 _BATCH = 64  # sequences at a time: the memory of all their keys and values is needed
 
 OnTokens = Callable[[int, int], None]  # tokens written, of so many
-
-
-def open_store(model: LayeredModel, model_digest: str, tokens: torch.Tensor, seed: int) -> LayerStore:
-    """Where finished batches are kept.
-
-    Args:
-        model_digest: of the model's files.
-        tokens, seed: as for `write`.
-    """
-    return LayerStore(
-        {
-            "what": "own text",
-            "version": _VERSION,
-            "model": model_digest,
-            "tokens": digest_of_tokens(tokens),
-            "seed": seed,
-            **model.computed_by,
-        }
-    )
 
 
 def write(

@@ -10,17 +10,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tritconv.calibration.text import Text
+
 PLACEHOLDER = "<unk>"
 
 _WORD_STARTS = ("Ġ", "▁")  # how byte-level and SentencePiece vocabularies write the space before a word
 _MOST_PIECES = 4
 
 
-def fill(documents: Iterable[str], tokenizer: Any, seed: int) -> tuple[list[str], int]:
+def fill(texts: Iterable[Text], tokenizer: Any, seed: int) -> tuple[list[Text], int]:
     """Put a made-up name in place of each placeholder.
 
     Args:
-        documents: texts.
+        texts: of the user's documents.
         tokenizer: of the transformers library.
         seed: of what is drawn.
 
@@ -31,12 +33,12 @@ def fill(documents: Iterable[str], tokenizer: Any, seed: int) -> tuple[list[str]
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     beginnings, endings = _pieces(vocabulary)
     if not beginnings or not endings:
-        return list(documents), 0
+        return list(texts), 0
     draw = random.Random(seed)
     filled, n_words = [], 0
-    for document in documents:
-        text, n_here = re.subn(PLACEHOLDER, lambda _: _name(draw, beginnings, endings), document)
-        filled.append(text)
+    for one in texts:
+        text, n_here = re.subn(PLACEHOLDER, lambda _: _name(draw, beginnings, endings), one.text)
+        filled.append(one._replace(text=text))
         n_words += n_here
     return filled, n_words
 

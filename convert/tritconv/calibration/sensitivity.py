@@ -6,6 +6,7 @@ matrix costs (g . dW x)^2 / 2. The errors of different rows have nothing to do w
 row by row, which needs less text.
 """
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -17,33 +18,30 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from tritconv import ggml
+from tritconv.allocate import CANDIDATES
 from tritconv.calibration.gradients import LayerGradients, Progress, gradients, stride
-from tritconv.calibration.matrices import Matrix, matrices_of
+from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowMap
-from tritconv.calibration.store import LayerStore, digest_of_tokens
+from tritconv.calibration.store import LayerStore
 from tritconv.errors import RangeError
 from tritconv.format import BLOCK_SIZE
-from tritconv.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
+from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.methods import search
 
-CANDIDATES = (TRIT_TYPE[2], TRIT_TYPE[3], TRIT_TYPE[4], GGMLQuantizationType.Q8_0)
-
-_VERSION = 2  # of the losses: what an older method kept is not taken for this one's
 _TOKENS = 4096  # enough to tell the matrices apart
 
 Losses = dict[str, dict[GGMLQuantizationType, float]]
 
 
-def open_store(model: str, tokens: torch.Tensor, seed: int) -> LayerStore:
-    """Where the losses are kept.
+def origins(tensors: Mapping[str, RowMap]) -> tuple[tuple[str, str], ...]:
+    """The tensors by name, with a digest of where their rows come from: losses in the cache depend on it."""
+    return tuple((name, _digest(rows)) for name, rows in sorted(tensors.items()))
 
-    Args:
-        model: a digest of its files.
-        tokens, seed: as for `measure`.
-    """
-    text = digest_of_tokens(tokens)
-    return LayerStore({"what": "sensitivity", "version": _VERSION, "model": model, "tokens": text, "seed": seed})
+
+def _digest(rows: RowMap) -> str:
+    places = repr([(number, str(matrix)) for number, matrix in rows.places])
+    return hashlib.sha256(places.encode() + rows.place.tobytes() + rows.row.tobytes()).hexdigest()
 
 
 def measure(
@@ -102,14 +100,16 @@ class _Measurement:
 
     def _matrices(self, index: int, layer: torch.nn.Module) -> list[Matrix]:
         """Those that tensors are made of, as far as blocks fit into their rows."""
-        mine = (matrix for matrix in matrices_of(layer) if (index, matrix) in self._rows)
+        mine = (matrix for number, matrix in self._rows if number == index)
         return [matrix for matrix in mine if matrix.of(layer).shape[1] % BLOCK_SIZE == 0]
 
     def _losses(self, found: LayerGradients) -> dict[str, np.ndarray]:
         parts: dict[str, list[np.ndarray]] = defaultdict(list)
         for matrix, (inputs, output_gradients) in found.products.items():
-            squares = _squares(matrix.of(found.layer), inputs, output_gradients)
-            losses = squares / (2 * self._tokens.numel())
+            weights = matrix.of(found.layer)
+            losses = _squares(weights, inputs, output_gradients) / (2 * self._tokens.numel())
+            if not matrix.is_expert:  # the experts of a tensor are judged together, by the writer
+                losses[[not _reaches(weights, qtype) for qtype in CANDIDATES]] = np.nan
             for name, rows in self._rows[found.index, matrix].items():
                 parts[name].append(losses[:, rows].sum(axis=1))
         # experts that no token reached count like the mean of the others
@@ -138,6 +138,12 @@ def _squares(weights: torch.Tensor, inputs: torch.Tensor, output_gradients: torc
                 product = inputs @ error.to(inputs.dtype).T
                 found[number] = product.mul_(output_gradients).float().square_().sum(dim=0).cpu()
     return found
+
+
+def _reaches(weights: torch.Tensor, qtype: GGMLQuantizationType) -> bool:
+    """Whether weights are not too small for a type."""
+    depth = DEPTH_OF_TYPE.get(qtype)
+    return depth is None or search.reaches(weights.cpu().numpy(), depth)
 
 
 def _stored(weights: np.ndarray, qtype: GGMLQuantizationType, importance: np.ndarray) -> np.ndarray:

@@ -1,16 +1,19 @@
-"""Calibration text: files to token sequences of equal length."""
+"""Calibration text: documents to token sequences of equal length."""
 
-import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 
-from tritconv.errors import TritError
+from tritconv.calibration.documents import Document
+from tritconv.errors import TritError, first_line
+from tritconv.sizes import show
 
 _SEPARATOR = "\n\n"
+_STREAMS = 4  # hidden states of all tokens that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -18,54 +21,72 @@ class TextOptions:
     """What the user asked to calibrate on.
 
     Attributes:
-        files: plain text, or JSON lines with `text` or `messages` (role and content) in each.
+        documents: what the files hold.
+        names: of the files, for people.
         n_tokens: at most this many tokens in all.
         length: tokens of a sequence.
         seed: of what is drawn: which of the sequences, where there are more than needed.
     """
 
-    files: tuple[Path, ...]
+    documents: Sequence[Document]
+    names: tuple[str, ...]
     n_tokens: int
     length: int = 512
     seed: int = 0
 
 
-def read(files: Iterable[Path], tokenizer: Any) -> list[str]:
-    """The texts that files hold.
+class Text(NamedTuple):
+    """A document as a string. `control` says whether names of control tokens in it stand for these tokens.
+
+    They do in what a chat template has written. In a user's text they are text, as llama.cpp's programs take it.
+    """
+
+    text: str
+    control: bool = False
+
+
+def render(documents: Iterable[Document], tokenizer: Any) -> list[Text]:
+    """The texts of documents; conversations as the model's chat template writes them.
 
     Args:
-        tokenizer: of the transformers library. Messages go through its chat template.
+        tokenizer: of the transformers library.
 
     Raises:
-        TritError: a file cannot be read or is malformed.
+        TritError: the template refuses a conversation, or the model has none.
     """
-    return [document for file in files for document in _documents(file, tokenizer)]
+    return [_rendered(document, tokenizer) for document in documents]
 
 
-def sequences(documents: Iterable[str], options: TextOptions, tokenizer: Any) -> torch.Tensor:
+def sequences(texts: Sequence[Text], options: TextOptions, tokenizer: Any) -> torch.Tensor:
     """Token sequences to calibrate on.
 
     The texts are joined and cut; each sequence starts with the token that the tokenizer starts a text with, if any,
-    as llama.cpp's programs do it.
+    as llama.cpp's programs do it. Where there are more than needed, they are drawn from all of the texts, by the seed.
 
     Args:
-        documents: what the files hold.
+        texts: of the options' documents.
         tokenizer: of the transformers library.
 
     Returns:
         int64 (n, length).
 
     Raises:
-        TritError: there is too little text.
+        TritError: there is too little text, or the tokenizer fails on it.
     """
-    tokens = torch.tensor(_tokens(documents, tokenizer), dtype=torch.int64)
-    start = tokenizer("").input_ids[:1]
+    try:
+        tokens = torch.tensor(_tokens(texts, tokenizer), dtype=torch.int64)
+        start = tokenizer("").input_ids[:1]
+    except Exception as error:  # the library raises whatever its many authors chose
+        raise TritError(f"{', '.join(options.names)}: the tokenizer fails on it: {first_line(error)}") from error
     body = options.length - len(start)
     n_there = len(tokens) // body
     wanted = max(1, options.n_tokens // options.length)
     if not n_there:
-        names = ", ".join(str(file) for file in options.files)
-        raise TritError(f"{names}: {len(tokens)} tokens are too few for one sequence of {options.length}: add text")
+        names = ", ".join(options.names)
+        raise TritError(
+            f"{names}: {len(tokens)} tokens are too few for one sequence of {options.length}: add text, "
+            "or lower --calib-seq"
+        )
     chosen = torch.arange(n_there)
     if n_there > wanted:
         generator = torch.Generator().manual_seed(options.seed)
@@ -74,40 +95,62 @@ def sequences(documents: Iterable[str], options: TextOptions, tokenizer: Any) ->
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(cut), -1), cut], dim=1)
 
 
-def _tokens(documents: Iterable[str], tokenizer: Any) -> list[int]:
-    return list(tokenizer(_SEPARATOR.join(documents), add_special_tokens=False, verbose=False).input_ids)
+def check_memory(n_tokens: int, length: int, width: int) -> None:
+    """See that the hidden states of a text fit into the machine's memory, before long work.
 
+    Args:
+        n_tokens: in all, those that the model writes included.
+        length: tokens of a sequence.
+        width: of the hidden states.
 
-def _documents(file: Path, tokenizer: Any) -> Iterable[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+    Raises:
+        TritError: they do not.
+    """
+    needed = 4 * (_STREAMS * n_tokens * width + length * length)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > memory:
         raise TritError(
-            f"{file} is not UTF-8 text (byte {error.start}): --calibrate takes text or JSON lines"
-        ) from error
-    except OSError as error:
-        raise TritError(f"cannot read {file}: {error.strerror}") from error
-    if file.suffix.lower() not in (".jsonl", ".ndjson"):
-        return [text]
-    return [
-        _document(line, f"{file}, line {number}", tokenizer)
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip()
-    ]
+            f"calibrating on {n_tokens} tokens in sequences of {length} needs {show(needed)}, and the machine has "
+            f"{show(memory)}: lower --calib-tokens, --calib-own or --calib-seq"
+        )
 
 
-def _document(line: str, place: str, tokenizer: Any) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise TritError(f"{place} is not JSON: {error}") from error
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        if not getattr(tokenizer, "chat_template", None):
-            raise TritError(f"{place} holds messages, and the model has no chat template: give text")
+def _rendered(document: Document, tokenizer: Any) -> Text:
+    if not document.messages:
+        return Text(document.text)
+    if not getattr(tokenizer, "chat_template", None):
+        if document.text:
+            return Text(document.text)
+        raise TritError(f"{document.place} holds messages, and the model has no chat template: give text")
+    return Text(_by_template(document, tokenizer), control=True)
+
+
+def _by_template(document: Document, tokenizer: Any) -> str:
+    """A conversation as the template writes it, given strings or, where it passes over those, lists of parts."""
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in document.messages]
+    problem = None
+    for messages in (document.messages, parts):
         try:
-            return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+            text = tokenizer.apply_chat_template(list(messages), tools=list(document.tools) or None, tokenize=False)
         except Exception as error:  # templates are programs of their authors'
-            raise TritError(f"{place}: the chat template refuses it: {error}") from error
-    raise TritError(f'{place} has neither "text" nor "messages"')
+            problem = problem or error
+            continue
+        if any(message["content"].strip() in text for message in document.messages if message["content"].strip()):
+            return text
+    reason = "it leaves out what the messages say" if problem is None else first_line(problem)
+    raise TritError(f"{document.place}: the chat template refuses it: {reason}")
+
+
+def _tokens(texts: Sequence[Text], tokenizer: Any) -> list[int]:
+    tokens: list[int] = []
+    groups = [(control, [one.text for one in some]) for control, some in groupby(texts, key=lambda one: one.control)]
+    for number, (control, some) in enumerate(groups, 1):
+        joined = _SEPARATOR.join(some) + (_SEPARATOR if number < len(groups) else "")
+        tokens += tokenizer(
+            joined,
+            add_special_tokens=False,
+            split_special_tokens=not control,
+            return_attention_mask=False,
+            verbose=False,
+        ).input_ids
+    return tokens

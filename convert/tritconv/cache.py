@@ -1,0 +1,298 @@
+"""The cache: a folder of entries, each with what one calculation has made so far.
+
+An entry is a folder named after a hash of all that its contents depend on. Its CACHEDIR.TAG marks it as tritconv's and
+as what backups may leave out, says what it is, has the time of its last use, and carries the lock that shows that a
+process uses it. Nothing that is not such an entry is ever deleted.
+"""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from tritconv import sizes
+from tritconv.errors import TritError
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+except ImportError:  # Windows
+    flock = None  # type: ignore[assignment]
+
+_PLACE = "TRITCONV_CACHE"
+_LIMIT = "TRITCONV_CACHE_SIZE"
+_MOST_BYTES, _MOST_OF_DISK = 20 * 10**9, 0.1  # the default limit: the smaller of the two
+
+_TAG = "CACHEDIR.TAG"
+_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
+_OURS = "# tritconv: "
+_ENTRY = re.compile(r"[0-9a-f]{24}")
+_FILE = re.compile(r"[a-z]+-\d{4}\.safetensors")
+_PARTIAL = ".part-"
+_DAY = 24 * 3600.0
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def folder() -> Path:
+    """Where entries are: TRITCONV_CACHE, or tritconv in the user's cache folder. Raises TritError."""
+    if chosen := os.environ.get(_PLACE):
+        return Path(chosen).expanduser().absolute()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritconv"
+    except RuntimeError as error:
+        raise TritError(f"there is no home folder for the cache: set {_PLACE} to a folder") from error
+
+
+def limit() -> int:
+    """The most bytes that the cache keeps. Raises TritError."""
+    if chosen := os.environ.get(_LIMIT):
+        size = sizes.parse(chosen)
+        if size is None:
+            raise TritError(f"{_LIMIT}={chosen} is no size: write 20GB, or 0 to keep nothing")
+        return size
+    try:
+        return min(_MOST_BYTES, int(_MOST_OF_DISK * shutil.disk_usage(folder()).total))
+    except OSError:
+        return _MOST_BYTES
+
+
+def check() -> None:
+    """See that entries can be made, before long work. Raises TritError."""
+    limit()
+    place = folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise _refused(place, error) from error
+
+
+class Entry:
+    """An entry in use: no other process deletes it until this object is closed or forgotten.
+
+    Attributes:
+        folder: its place.
+    """
+
+    def __init__(self, key: str, about: str) -> None:
+        """Open an entry, or make it, and delete old ones that take too much room.
+
+        Args:
+            key: 24 hexadecimal digits.
+            about: says to people what is in it; one line.
+
+        Raises:
+            TritError: the folder cannot be made.
+        """
+        assert _ENTRY.fullmatch(key)
+        self.folder = folder() / key
+        try:
+            lock = _hold(self.folder, about)
+        except OSError as error:
+            raise _refused(self.folder, error) from error
+        self._release = weakref.finalize(self, os.close, lock)
+        prune()
+
+    def close(self) -> None:
+        """Let other processes delete it."""
+        self._release()
+
+    def check_space(self, n_bytes: int) -> None:
+        """See that the disk holds so much more than what is here already. Raises TritError."""
+        here = sum(path.stat().st_size for path in _files(self.folder))
+        free = shutil.disk_usage(self.folder).free
+        if n_bytes - here > free:
+            raise _full(self.folder, n_bytes - here, f", {sizes.show(free)} are free")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Keep a file; a reader never sees half of it. Raises TritError."""
+        target = self.folder / name
+        assert _FILE.fullmatch(name)
+        try:
+            handle, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self.folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, target)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(partial)
+                raise
+            os.utime(self.folder / _TAG)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise _full(target, len(data), "; another run will go on from here") from error
+            raise _refused(target, error) from error
+        prune()
+
+
+def _hold(place: Path, about: str) -> int:
+    """A descriptor of an entry's tag that keeps others from deleting it; the entry is made, and left-overs go."""
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            tag = os.open(place / _TAG, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just deleted the folder
+            continue
+        try:
+            if _lock(tag, exclusive=True) is not False:  # nobody else is in it
+                for path in place.glob(f"{_PARTIAL}*"):
+                    path.unlink()
+            _lock(tag, exclusive=False)
+            # another process may have deleted the entry between the calls
+            if (place / _TAG).exists() and os.path.samestat(os.fstat(tag), (place / _TAG).stat()):
+                if os.fstat(tag).st_size == 0:
+                    os.write(tag, f"{_SIGNATURE}\n{_OURS}{' '.join(about.split())}\n".encode(errors="replace"))
+                os.utime(place / _TAG)
+                return tag
+        except BaseException:
+            os.close(tag)
+            raise
+        os.close(tag)
+
+
+def _lock(file: int, exclusive: bool) -> bool | None:
+    """Take a lock, an exclusive one only if it is free: whether it was; None where there are no locks."""
+    if flock is None:
+        return None
+    try:
+        flock(file, LOCK_EX | LOCK_NB if exclusive else LOCK_SH)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has none
+        return None
+    return True
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An entry, as a list shows it.
+
+    Attributes:
+        about: what is in it.
+        used: time of the last use, in seconds since 1970.
+    """
+
+    folder: Path
+    about: str
+    n_bytes: int
+    used: float
+
+
+def entries() -> list[Kept]:
+    """All entries, the least recently used first. Raises TritError."""
+    place, found = folder(), []
+    try:
+        names = sorted(os.listdir(place))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _refused(place, error) from error
+    for path in (place / name for name in names if _ENTRY.fullmatch(name)):
+        with suppress(OSError):  # another process has just deleted it
+            if (about := _about(path)) is not None:
+                size = sum(file.stat().st_size for file in _files(path))
+                found.append(Kept(path, about, size, (path / _TAG).stat().st_mtime))
+    return sorted(found, key=lambda kept: kept.used)
+
+
+def prune() -> None:
+    """Delete the least recently used entries that no process uses, until the rest is within the limit."""
+    kept, most = entries(), limit()
+    total = sum(one.n_bytes for one in kept)
+    for one in kept:
+        if total <= most:
+            return
+        if _delete(one):
+            total -= one.n_bytes
+
+
+class Cleared(NamedTuple):
+    """What was deleted: entries, and their bytes; and how many are in use."""
+
+    n_deleted: int
+    n_bytes: int
+    n_in_use: int
+
+
+def clear() -> Cleared:
+    """Delete all entries that no process uses. Raises TritError."""
+    kept = entries()
+    gone = [one for one in kept if _delete(one)]
+    return Cleared(len(gone), sum(one.n_bytes for one in gone), len(kept) - len(gone))
+
+
+def table() -> Table:
+    """The entries, for people."""
+    kept = entries()
+    shown = Table("what", "folder", "size", "last used")
+    shown.columns[2].justify = "right"
+    for one in reversed(kept):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
+        shown.add_row(Text(one.about), one.folder.name, sizes.show(one.n_bytes), used)
+    shown.add_section()
+    shown.add_row("total", str(len(kept)), sizes.show(sum(one.n_bytes for one in kept)), "", style="bold")
+    return shown
+
+
+def _about(place: Path) -> str | None:
+    """What an entry's tag says of it; None if it is not one of ours."""
+    if place.is_symlink() or not (place / _TAG).is_file():
+        return None
+    with (place / _TAG).open("rb") as file:
+        lines = file.read(4096).decode(errors="replace").split("\n")
+    ours = len(lines) > 1 and lines[0] == _SIGNATURE and lines[1].startswith(_OURS)
+    return lines[1].removeprefix(_OURS) if ours else None
+
+
+def _files(place: Path) -> Iterator[Path]:
+    """What tritconv has written into an entry, but for the tag."""
+    return (path for path in place.iterdir() if _FILE.fullmatch(path.name) or path.name.startswith(_PARTIAL))
+
+
+def _delete(kept: Kept) -> bool:
+    """Delete an entry; False if a process uses it, or it cannot be deleted."""
+    try:
+        tag = os.open(kept.folder / _TAG, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        free = _lock(tag, exclusive=True)
+        if free is None:
+            free = time.time() - kept.used > _DAY
+        if not free:
+            return False
+        for path in _files(kept.folder):
+            path.unlink()
+        (kept.folder / _TAG).unlink()
+        with suppress(OSError):  # somebody has put another file there
+            kept.folder.rmdir()
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(tag)
+
+
+def _full(place: Path, n_bytes: int, more: str) -> TritError:
+    return TritError(
+        f"no space left for the cache: {place} needs {sizes.show(n_bytes)}{more}: free some ('tritconv cache' shows "
+        f"what is kept), or set {_PLACE} to a folder elsewhere"
+    )
+
+
+def _refused(place: Path, error: OSError) -> TritError:
+    return TritError(f"cannot keep results in {place}: {error.strerror or error}; set {_PLACE} to a folder elsewhere")

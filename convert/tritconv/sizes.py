@@ -1,0 +1,24 @@
+"""Sizes as people write them: 120MB, 1.5GiB."""
+
+import re
+
+_UNITS = {"": 1} | {
+    unit + suffix: base**power
+    for suffix, base in (("", 1000), ("I", 1024))
+    for power, unit in enumerate("KMGT", start=1)
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.ASCII)
+
+
+def parse(text: str) -> int | None:
+    """Bytes; None if `text` is no size."""
+    found = _SIZE.fullmatch(text.strip().upper())
+    return int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else None
+
+
+def show(n_bytes: float) -> str:
+    """A size with three digits or so: 12.3 MB."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if (amount := n_bytes / 1000**power) >= 1:
+            return f"{amount:.1f} {unit}" if amount < 100 else f"{amount:.0f} {unit}"
+    return f"{n_bytes:.0f} bytes"
