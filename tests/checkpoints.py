@@ -1,6 +1,7 @@
 """Small Hugging Face checkpoints for tests, and what llama.cpp makes of a model."""
 
 import io
+import json
 import subprocess
 import sys
 from functools import cache
@@ -77,6 +78,25 @@ def _tokenizer() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def make_bpe_tokenizer(folder: Path) -> None:
+    """Write a small byte-level BPE tokenizer as tokenizer.json. llama.cpp's converter does not know its hash."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<unk>", "<s>", "</s>", "<|one|>", "<|two|>", "<|three|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([topics.topics["formatstrings"]], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def exact_model(folder: Path) -> LayeredModel:
