@@ -6,6 +6,10 @@
 // signal frame and each alternate signal stack must have room for their 8 KiB. The child takes all of that with it,
 // and it may end in any way. It calls nothing that other threads of this process could have locked.
 //
+// It is none of the host's children: it is cloned to end without a signal. The host's handler of SIGCHLD is not called,
+// nobody who waits for any child gets this one, and it can be waited for where SIGCHLD is ignored. No function that was
+// registered for forks runs, and no handler of the host's runs in the child.
+//
 // Built without -mamx-*: whoever asks may run on any x86 CPU. Ask only where CPUID announces AMX.
 
 #pragma once
@@ -17,6 +21,7 @@
 #include <errno.h>
 #include <immintrin.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -54,18 +59,37 @@ static inline void amx_probe_faulted(int signal_number) {
     _exit(1); // no core file, no line in the kernel's log
 }
 
-static inline bool amx_probe(void) {
+static inline void amx_probe_run_child(void) {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; // arch_prctl: ask for the tile registers
 
-    const pid_t child = fork();
+    const int faults[] = { SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGTRAP };
+    sigset_t set;
+    sigemptyset(&set);
+    for (size_t i = 0; i < sizeof(faults)/sizeof(faults[0]); ++i) {
+        signal(faults[i], amx_probe_faulted);
+        sigaddset(&set, faults[i]);
+    }
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+    _exit(syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 && amx_probe_product() ? 0 : 1);
+}
+
+static inline bool amx_probe(void) {
+    // the child begins with all signals blocked, so that none finds a handler of the host's there
+    sigset_t all, before;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, &before);
+    const pid_t child = (pid_t) syscall(SYS_clone, 0UL, NULL, NULL, NULL, 0UL);
     if (child == 0) {
-        signal(SIGILL, amx_probe_faulted);
-        _exit(syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 && amx_probe_product() ? 0 : 1);
+        amx_probe_run_child();
+    }
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    if (child < 0) {
+        return false; // not known to work
     }
     int status = 1;
     pid_t ended;
     do {
-        ended = waitpid(child, &status, 0);
+        ended = waitpid(child, &status, __WCLONE);
     } while (ended < 0 && errno == EINTR);
     return ended == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
