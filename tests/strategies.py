@@ -38,13 +38,11 @@ def _weights(kind: str, seed: int, n: int, size: float) -> np.ndarray:
     elif kind == "groups of all sizes":
         spread = np.exp2(rng.uniform(-12, 0, (n, N_GROUPS))).astype(np.float32)
         w *= np.repeat(spread, BLOCK_SIZE // N_GROUPS, axis=1)
+    elif kind == "blocks of all sizes":
+        w = np.ldexp(w, rng.integers(-150, 1, (n, 1))).astype(np.float32)
     elif kind == "some groups zero":
         w *= np.repeat(rng.random((n, N_GROUPS)) < 0.5, BLOCK_SIZE // N_GROUPS, axis=1)
-    # a block that is not all zeros must be within the range of every depth
-    largest = np.abs(w).max(axis=1, keepdims=True)
-    floor = np.float32(2.0**-7)
-    raised = np.where((largest > 0) & (largest < floor), w * (floor / np.where(largest > 0, largest, 1)), w)
-    return np.clip(raised, -24, 24).astype(np.float32)
+    return np.clip(w, -24, 24).astype(np.float32)
 
 
 KINDS = (
@@ -54,6 +52,7 @@ KINDS = (
     "constant",
     "single outlier",
     "groups of all sizes",
+    "blocks of all sizes",
     "some groups zero",
 )
 

@@ -1,6 +1,9 @@
 """Blocks to words and back; the Python codec and the reference in C are the same, bit for bit."""
 
 import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 
 import ggml
@@ -51,6 +54,44 @@ def test_every_word_value() -> None:
     back = pack(unpack(1, data)).view("<u2")
     encodings = {(v * 65536 + 59048) // 59049 for v in range(59049)}
     assert [int(w) in encodings for w in words] == (back[:, 0] == words).tolist()
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Leave out what C says of each invalid block."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@pytest.mark.parametrize(
+    ("depth", "place"), [(1, 0), (1, 4), (1, 7), (2, 0), (2, 13), (3, 0), (3, 16), (3, 19), (3, 20), (4, 0), (4, 26)]
+)
+def test_c_takes_the_blocks_that_survive_a_round_trip(depth: int, place: int) -> None:
+    """Every word in the place of each kind: with reserved trits and without."""
+    block = pack(Blocks(depth, np.zeros((1, 64), np.int8), np.full((1, 4), 13, np.uint8))).view("<u2")
+    words = np.repeat(block, 65536, axis=0)
+    words[:, place] = np.arange(65536)
+    data = words.view(np.uint8)
+    survives = (pack(unpack(depth, data)) == data).all(axis=1)
+    assert ggml.validate(depth, data[survives])
+    with _no_stderr():
+        assert not any(ggml.validate(depth, one) for one in data[~survives])
+
+
+@pytest.mark.parametrize("wrong", [0, 63, 64, 130, 199])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_c_names_the_block(depth: int, wrong: int, capfd: pytest.CaptureFixture[str]) -> None:
+    data = pack(Blocks(depth, np.zeros((200, 64), np.int8), np.full((200, 4), 13, np.uint8)))
+    assert ggml.validate(depth, data)
+    data.view("<u2")[wrong:, -1] = 1
+    assert not ggml.validate(depth, data)
+    assert f"block {wrong} is not TRIT{depth} data" in capfd.readouterr().err
 
 
 # (word, trit) of each depth

@@ -65,14 +65,13 @@ def test_not_finite_in_a_later_chunk(qtype: Type, value: float) -> None:
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize(("value", "bound"), [(500.0, "above"), (1e-4, "below")])
-def test_out_of_range_in_a_later_chunk(depth: int, value: float, bound: str) -> None:
+def test_above_the_range_in_a_later_chunk(depth: int) -> None:
     values = np.ones((2, 400, 1024), np.float16)
-    values[1, 300, 128:192] = value
-    with pytest.raises(RangeError, match=rf"block {700 * 16 + 2}: largest weight .* is {bound} the range") as caught:
+    values[1, 300, 128:192] = 500
+    with pytest.raises(RangeError, match=rf"block {700 * 16 + 2}: largest weight .* is above the range") as caught:
         _encode(values, TRIT_TYPE[depth])
     assert caught.value.block == 700 * 16 + 2
-    assert caught.value.largest == pytest.approx(value, rel=1e-3)
+    assert caught.value.largest == 500
 
 
 def test_zeros() -> None:

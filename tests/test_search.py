@@ -1,10 +1,13 @@
 """The search method: it finds the best scales and codes, and refuses what cannot be held."""
 
+import hashlib
 import itertools
 
 import ggml
 import numpy as np
 import pytest
+from checkpoints import SMOLLM2_GGUF
+from gguf import quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import depths, weights
@@ -13,6 +16,7 @@ from tritconv.codec import Blocks, unpack, validate
 from tritconv.errors import NotFiniteError, RangeError
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritconv.methods.search import quantize
+from tritconv.model_file import read_model_file
 
 WEIGHTED_DEPTHS = (1, 2)  # few levels: without importances, large weights count for more
 
@@ -154,23 +158,13 @@ def test_not_finite(depth: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize(("column", "value", "bound"), [(0, 40.0, "above"), (20, 200.0, "above")])
-def test_above_the_range(depth: int, column: int, value: float, bound: str) -> None:
+@pytest.mark.parametrize(("column", "value"), [(0, 40.0), (20, 200.0)])
+def test_above_the_range(depth: int, column: int, value: float) -> None:
     w = np.ones((5, 64), dtype=np.float32)
     w[2, column] = value
-    with pytest.raises(RangeError, match=bound) as caught:
+    with pytest.raises(RangeError, match="above") as caught:
         quantize(w, depth)
     assert caught.value.block == 2
-    assert not ggml.validate(depth, ggml.quantize(depth, w))
-
-
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_below_the_range(depth: int) -> None:
-    w = np.ones((5, 64), dtype=np.float32)
-    w[4] = 1e-5
-    with pytest.raises(RangeError, match="below") as caught:
-        quantize(w, depth)
-    assert caught.value.block == 4
     assert not ggml.validate(depth, ggml.quantize(depth, w))
 
 
@@ -184,11 +178,40 @@ def test_nothing_but_a_refused_block_begins_with_a_word_of_one(depth: int) -> No
     assert (ggml.quantize(depth, w).view("<u2")[:, 0] == 1).tolist() == [False, True]
 
 
+# of the blocks of random weights and of a matrix of SmolLM2: the same bits on every platform, in every version
+DIGESTS = {
+    1: ("f9bdc8a6122d302b08eccad022c9ed5c", "64792090462d475fa229d2280e4d1d6d"),
+    2: ("57bb7a6ef56baec61e68c3def49ef4c4", "ab90338fa73cd5c4a9ec0de5a8557d23"),
+    3: ("6c4eafc714265773843f029b256dc882", "e6a2fc326dfc6650a8c940fde639b7c4"),
+    4: ("817890ad85649cea07f9f71e9de965c6", "72add585e70c9f63d3a5992cf7eb954e"),
+}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_blocks_within_the_range_stay_as_they_are(depth: int) -> None:
+    rng = np.random.RandomState(0)  # whose numbers never change
+    w = (rng.standard_normal((60, 512)) * 0.05).astype(np.float32)
+    w[20:40] *= np.repeat(np.ldexp(1, rng.randint(-5, 8, (20, 32))), 16, axis=1).astype(np.float32)
+    w[40:50] *= rng.random_sample((10, 512)) < 0.1
+    w[50:, :64] = 0
+    importance = np.ldexp(1, rng.randint(-6, 7, 512)).astype(np.float32)
+    blocks = quantize(w, depth).tobytes() + quantize(w, depth, importance).tobytes()
+    assert hashlib.sha256(blocks).hexdigest().startswith(DIGESTS[depth][0])
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_blocks_of_a_real_matrix_stay_as_they_are(depth: int) -> None:
+    model = read_model_file(SMOLLM2_GGUF)
+    tensor = next(t for t in model.tensors if t.name == "blk.7.ffn_up.weight")
+    data = np.fromfile(SMOLLM2_GGUF, np.uint8, tensor.n_bytes, offset=model.data_start + tensor.offset)
+    rows = data.reshape(1536, -1)[:200]
+    blocks = quantize(quants.dequantize(rows, tensor.type), depth).tobytes()
+    assert hashlib.sha256(blocks).hexdigest().startswith(DIGESTS[depth][1])
+
+
 @settings(deadline=None)
 @given(weights(), depths)
 def test_as_gguf_registers_it(w: np.ndarray, depth: int) -> None:
-    from gguf import quants
-
     from tritconv.gguf_types import TRIT_TYPE
 
     data = quants.quantize(w, TRIT_TYPE[depth])

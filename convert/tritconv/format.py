@@ -11,6 +11,8 @@ N_GROUPS = BLOCK_SIZE // GROUP_SIZE
 N_SCALES = 27  # entries of the scale codebook, relative to the block's anchor
 N_ANCHORS = 81  # sixth-octave steps
 
+ZERO = 2.0**-25  # weights below that, which float16 rounds to zero, count as zero
+
 WORDS_PER_BLOCK = {1: 8, 2: 14, 3: 21, 4: 27}  # 16-bit words
 BYTES_PER_BLOCK = {depth: 2 * words for depth, words in WORDS_PER_BLOCK.items()}
 CODE_MAX = {depth: (3**depth - 1) // 2 for depth in DEPTHS}

@@ -7,6 +7,7 @@ encode at the same time.
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tritconv.errors import TritError
+from tritconv.format import BLOCK_SIZE
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 
@@ -46,19 +48,53 @@ def quantize(weights: np.ndarray, qtype: GGMLQuantizationType, importance: np.nd
     return data
 
 
+class Reach(ctypes.Structure):
+    """How well a TRIT type reaches down to some rows, as `struct ggml_trit_reach` has it."""
+
+    _fields_ = (("energy", ctypes.c_double), ("excess", ctypes.c_double))
+    energy: float
+    excess: float
+
+
+def measure_reach(weights: np.ndarray, depth: int) -> Reach:
+    """Measure how well the TRIT type of a depth reaches down to float32 (rows, n), n a multiple of 64."""
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    reach = Reach()
+    _library().ggml_trit_measure_reach(
+        ctypes.c_int(depth),
+        _pointer(weights),
+        ctypes.c_int64(weights.size // BLOCK_SIZE),
+        ctypes.byref(reach),
+    )
+    return reach
+
+
+def reaches(depth: int, parts: Sequence[Reach]) -> bool:
+    """Whether the TRIT type of a depth reaches down to a tensor, given all its rows: docs/format.md has the rule."""
+    whole = Reach(sum(part.energy for part in parts), sum(part.excess for part in parts))
+    return bool(_library().ggml_trit_reaches(ctypes.c_int(depth), ctypes.byref(whole)))
+
+
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
-@cache
-def _library() -> ctypes.CDLL:
+def library_path() -> Path:
+    """The file that has the encoders. Raises TritError if it is not installed."""
     bindings = importlib.util.find_spec("llama_cpp")
     if bindings is None or bindings.origin is None:
         raise TritError("llama-cpp-python is not installed; `make` builds and installs it")
-    path = Path(bindings.origin).parent / "lib" / f"libggml-base.{_SUFFIX}"
+    return Path(bindings.origin).parent / "lib" / f"libggml-base.{_SUFFIX}"
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise TritError(f"{path} cannot be loaded ({error}); `make build` installs it") from error
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_trit_measure_reach.restype = None
+    library.ggml_trit_reaches.restype = ctypes.c_bool
     return library

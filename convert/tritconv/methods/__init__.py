@@ -29,7 +29,7 @@ class Quantizer(Protocol):
             uint8 (rows, bytes per row).
 
         Raises:
-            RangeError: the type cannot hold a block; `block` counts from the start of the tensor.
+            RangeError: a block lies above the type's range; `block` counts from the start of the tensor.
         """
         ...
 

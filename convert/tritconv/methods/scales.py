@@ -1,5 +1,7 @@
 """Codes with scales of any size, as blocks: the codes are kept, the scales become the nearest representable ones.
 
+Only blocks below the codebook's range get other codes: the search's, for the weights that the codes stand for.
+
 Position p on the lattice of sixth-octave steps is the scale 3^(2 - depth) * 2^(3 - (p - 13)/6). An anchor n puts
 group 0 at p = n + 13 and lets the other groups take p = n + k; the parity trit ties the sum of their k modulo 3 to n.
 """
@@ -8,9 +10,21 @@ import itertools
 
 import numpy as np
 
-from tritconv.codec import Blocks
+from tritconv.codec import Blocks, unpack
 from tritconv.errors import RangeError
-from tritconv.format import BLOCK_SIZE, CODE_MAX, GROUP_SIZE, N_ANCHORS, N_GROUPS, N_SCALES, RATIO, RATIO_ONE, anchor
+from tritconv.format import (
+    BLOCK_SIZE,
+    BYTES_PER_BLOCK,
+    CODE_MAX,
+    GROUP_SIZE,
+    N_ANCHORS,
+    N_GROUPS,
+    N_SCALES,
+    RATIO,
+    RATIO_ONE,
+    anchor,
+)
+from tritconv.methods import search
 
 _POS_ANCHOR = 13  # position of the anchor n = 0
 _N_POS = N_ANCHORS + N_SCALES - 1
@@ -21,21 +35,32 @@ _BEYOND = 2 ** (1 / 12)  # half a step: what lies farther out than that is out o
 def nearest_scales(depth: int, codes: np.ndarray, scales: np.ndarray) -> Blocks:
     """Blocks with the codes given, and of all representable scales those of least squared error of each block.
 
+    A block below the range, all of whose scales are, gets the codes and scales that the search finds.
+
     Args:
         depth: trits per weight, 1..4.
         codes: int8 (n, 64).
         scales: float32 (n, 4), a positive scale for each group that has a code other than 0.
 
     Raises:
-        RangeError: a scale lies above all that can be stored, or all scales of a block below.
+        RangeError: a scale lies above all that can be stored.
     """
+    codes = codes.copy()
     energy = (codes.reshape(-1, N_GROUPS, GROUP_SIZE).astype(np.float32) ** 2).sum(axis=2)
     used = energy > 0
     lattice = anchor(depth, np.arange(_N_POS) - _POS_ANCHOR) * np.float32(RATIO_ONE)
     _check_range(lattice, scales, used, CODE_MAX[depth])
 
     indexes = np.full(scales.shape, _MIDDLE, dtype=np.uint8)
-    some = np.flatnonzero(used.any(axis=1))  # the other blocks are zeros
+    within = (used & (scales >= lattice[_POS_ANCHOR + N_ANCHORS - 1] / _BEYOND)).any(axis=1)
+    below = np.flatnonzero(used.any(axis=1) & ~within)
+    if len(below):
+        weights = codes[below] * np.repeat(scales[below], GROUP_SIZE, axis=1)
+        alike = np.ones(BLOCK_SIZE, dtype=np.float32)
+        found = unpack(depth, search.quantize(weights, depth, alike).reshape(-1, BYTES_PER_BLOCK[depth]))
+        codes[below], indexes[below] = found.codes, found.scales
+
+    some = np.flatnonzero(within)  # the other blocks are zeros
     energy, used = energy[some], used[some]
     scales = np.where(used, scales[some], 1).astype(np.float32)
     position = _nearest_positions(lattice, scales)
@@ -64,13 +89,11 @@ def nearest_scales(depth: int, codes: np.ndarray, scales: np.ndarray) -> Blocks:
 def _check_range(lattice: np.ndarray, scales: np.ndarray, used: np.ndarray, code_max: int) -> None:
     greatest = np.full(N_GROUPS, lattice[0] * _BEYOND)
     greatest[0] = lattice[_POS_ANCHOR] * _BEYOND
-    above = (used & (scales > greatest)).any(axis=1)
-    below = used.any(axis=1) & ~(used & (scales >= lattice[_POS_ANCHOR + N_ANCHORS - 1] / _BEYOND)).any(axis=1)
-    for wrong, bound in ((above, "above"), (below, "below")):
-        if wrong.any():
-            block = int(np.flatnonzero(wrong)[0])
-            largest = float(np.where(used, scales, 0)[block].max()) * code_max
-            raise RangeError(block, largest, f"{bound} the range of the scale codebook")
+    above = np.flatnonzero((used & (scales > greatest)).any(axis=1))
+    if len(above):
+        block = int(above[0])
+        largest = float(np.where(used, scales, 0)[block].max()) * code_max
+        raise RangeError(block, largest, "above the range of the scale codebook")
 
 
 def _nearest_positions(lattice: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -7,14 +7,12 @@ codes. Then the codes are kept, and the scales become the nearest that the TRIT 
 import numpy as np
 
 from tritconv.codec import pack
-from tritconv.format import CODE_MAX, GROUP_SIZE, N_SCALES
+from tritconv.format import CODE_MAX, GROUP_SIZE, N_SCALES, ZERO
 from tritconv.methods.scales import blocks_of_rows
 from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
 
 _ORDER_STATISTICS = (10, 12, 14, 15)  # of the sorted magnitudes of a group: candidates for what the top code stands for
-
-_ZERO = 2.0**-25  # float16 rounds what lies below to zero
 
 
 def encode(weights: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +38,7 @@ def group_scales(weights: np.ndarray, depth: int) -> np.ndarray:
     for i in _ORDER_STATISTICS:
         scale = ordered[:, i] / np.float32(CODE_MAX[depth])
         error = ((groups - _nearest_codes(groups, scale, depth) * scale[:, None]) ** 2).sum(axis=1)
-        better = (error < best_error) & (ordered[:, i] >= _ZERO)
+        better = (error < best_error) & (ordered[:, i] >= ZERO)
         best[better], best_error[better] = scale[better], error[better]
     return best.reshape(len(weights), -1)
 

@@ -134,18 +134,67 @@ void ggml_trit_pack(int depth, const struct ggml_trit_block * block, uint16_t * 
     }
 }
 
+//
+// validation
+//
+
+// Whether all words are fractions of 3^10, rounded up: q = (v*2^16 + r)/3^10, 0 <= r < 3^10, so r is q*3^10 modulo 2^16.
+static bool are_encodings(const uint16_t * words, size_t n) {
+    uint16_t wrong = 0;
+    for (size_t i = 0; i < n; ++i) {
+        wrong |= (uint16_t) (words[i]*59049u) >= 59049u;
+    }
+    return !wrong;
+}
+
+// whether the trits of a word from trit j on have their reserved value; factor is 3^j
+static bool last_is_reserved(uint16_t q, uint32_t factor) {
+    return (q*factor & 0xffff)*3 >> 16 == TRIT_RESERVED;
+}
+
+static bool last_two_are_reserved(uint16_t q) {
+    return (q*6561u & 0xffff)*9 >> 16 == 4*TRIT_RESERVED;
+}
+
+static bool reserved_trits_are_valid(int depth, const uint16_t * words) {
+    bool valid = true;
+    switch (depth) {
+        case 1:
+            for (int l = 4; l < 8; ++l) {
+                valid &= last_is_reserved(words[l], 19683u);
+            }
+            return valid;
+        case 3:
+            for (int l = 16; l < 20; ++l) {
+                valid &= last_is_reserved(words[l], 19683u);
+            }
+            return valid & last_two_are_reserved(words[20]);
+        case 4:
+            return last_two_are_reserved(words[26]);
+        default:
+            return true;
+    }
+}
+
 bool ggml_trit_validate_row(int depth, const void * data, size_t n_blocks) {
+    enum { AT_A_TIME = 64 }; // blocks: enough for vector code, and still in the first cache for the reserved trits
+
     const uint16_t * words = (const uint16_t *) data;
-    for (size_t i = 0; i < n_blocks; ++i, words += n_words[depth]) {
-        // packing only makes valid blocks, so a block is valid if it survives the round trip
-        struct ggml_trit_block block;
-        uint16_t repacked[TRIT_MAX_WORDS];
-        ggml_trit_unpack(depth, words, &block);
-        ggml_trit_pack(depth, &block, repacked);
-        if (memcmp(words, repacked, n_words[depth]*sizeof(uint16_t)) != 0) {
-            fprintf(stderr, "ggml_validate_row_data: block %zu is not TRIT%d data (file damaged, or weights that the type cannot hold)\n", i, depth);
-            return false;
+    for (size_t first = 0; first < n_blocks; first += AT_A_TIME) {
+        const size_t n = MIN(n_blocks - first, (size_t) AT_A_TIME);
+        bool valid = are_encodings(words + first*n_words[depth], n*n_words[depth]);
+        for (size_t i = first; i < first + n; ++i) {
+            valid &= reserved_trits_are_valid(depth, words + i*n_words[depth]);
         }
+        if (valid) {
+            continue;
+        }
+        size_t i = first;
+        while (are_encodings(words + i*n_words[depth], n_words[depth]) && reserved_trits_are_valid(depth, words + i*n_words[depth])) {
+            ++i;
+        }
+        fprintf(stderr, "ggml_validate_row_data: block %zu is not TRIT%d data (file damaged, or weights that the type cannot hold)\n", i, depth);
+        return false;
     }
     return true;
 }
@@ -250,7 +299,7 @@ static int clipping_position(const struct scale_lattice * lat, float x_max) {
     return p;
 }
 
-// scale indexes of the block; false if the type cannot hold it
+// scale indexes of the block; false if it is not finite, or above the range
 static bool search_scales(const struct scale_lattice * lat, const float * x, const float * weight, uint8_t k[NG_TRIT]) {
     int top[NG_TRIT];
     int top_min = N_POS;
@@ -276,13 +325,11 @@ static bool search_scales(const struct scale_lattice * lat, const float * x, con
         memset(k, TRIT_N_SCALES/2, NG_TRIT); // zeros
         return true;
     }
-    if (top_min > POS_LAST) {
-        return false; // below the range
-    }
 
     // Candidates: from one position above the clipping point of the largest group to some below that of the
     // smallest group; they include every compromise between groups that do not reach each other's scales.
-    const int first = MAX(top_min - 1, 0);
+    // A block below the range has the last anchor.
+    const int first = MIN(MAX(top_min - 1, 0), POS_LAST);
     const int last  = MAX(MIN(top_max + lat->search_depth, N_POS - 1), POS_ANCHOR);
     float error[NG_TRIT][N_POS];
     for (int g = 0; g < NG_TRIT; ++g) {
@@ -325,7 +372,15 @@ static bool search_scales(const struct scale_lattice * lat, const float * x, con
             }
         }
     }
-    return best < INFINITY;
+    // weights that are not finite, or so great that the sums are not, say nothing
+    return best < INFINITY || (weight && search_scales(lat, x, NULL, k));
+}
+
+static void nearest_codes(const struct scale_lattice * lat, int depth, const float * x, struct ggml_trit_block * block) {
+    const float anchor = ggml_trit_anchor(depth, block->k);
+    for (int i = 0; i < QK_TRIT; ++i) {
+        block->code[i] = (int8_t) round_to_code(x[i] / (anchor * group_ratio(block->k, i/QG_TRIT)), lat->code_max);
+    }
 }
 
 // Where there are few levels, the error of a large weight counts for more: 2 + x^2/sigma^2, sigma that of the row.
@@ -363,10 +418,7 @@ static void quantize_row(int depth, const float * GGML_RESTRICT x, uint16_t * GG
             }
             continue;
         }
-        const float anchor = ggml_trit_anchor(depth, block.k);
-        for (int i = 0; i < QK_TRIT; ++i) {
-            block.code[i] = (int8_t) round_to_code(x[i] / (anchor * group_ratio(block.k, i/QG_TRIT)), lat.code_max);
-        }
+        nearest_codes(&lat, depth, x, &block);
         ggml_trit_pack(depth, &block, words);
     }
 }
@@ -377,6 +429,64 @@ static size_t quantize(enum ggml_type type, int depth, const float * GGML_RESTRI
         quantize_row(depth, src + row*n_per_row, (uint16_t *) ((char *) dst + row*row_size), n_per_row, imatrix);
     }
     return nrows * row_size;
+}
+
+//
+// the lower end of the range
+//
+
+// the share that a type loses of the energy of normally distributed weights, by plain squared error
+static const double usual_loss[5] = { 0.0, 0.166, 0.0195, 0.0022, 0.00025 };
+
+// how much more than the usual loss of a tensor its blocks below the range may cost, as a share of it
+#define TRIT_MOST_EXCESS 0.01
+
+static double sum_of_squares(const double * x) {
+    double sums[8] = { 0.0 }; // side by side, for vector code
+    for (int i = 0; i < QK_TRIT; i += 8) {
+        for (int j = 0; j < 8; ++j) {
+            sums[j] += x[i + j]*x[i + j];
+        }
+    }
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+void ggml_trit_measure_reach(int depth, const float * x, int64_t n_blocks, struct ggml_trit_reach * reach) {
+    struct scale_lattice lat;
+    init_lattice(&lat, depth);
+    const float least = lat.scale[POS_LAST]*lat.code_max;
+
+    for (int64_t ib = 0; ib < n_blocks; ++ib, x += QK_TRIT) {
+        double weight[QK_TRIT];
+        float largest = 0.0f;
+        for (int i = 0; i < QK_TRIT; ++i) {
+            weight[i] = x[i];
+            largest   = MAX(largest, fabsf(x[i]));
+        }
+        const double energy = sum_of_squares(weight);
+        reach->energy += energy;
+        if (largest < TRIT_ZERO || largest >= least) {
+            continue;
+        }
+
+        struct ggml_trit_block block;
+        if (!search_scales(&lat, x, NULL, block.k)) {
+            continue; // not finite
+        }
+        nearest_codes(&lat, depth, x, &block);
+        const float anchor = ggml_trit_anchor(depth, block.k);
+        for (int i = 0; i < QK_TRIT; ++i) {
+            weight[i] -= (anchor * group_ratio(block.k, i/QG_TRIT)) * block.code[i];
+        }
+        const double excess = sum_of_squares(weight) - usual_loss[depth]*energy;
+        if (excess > 0.0) {
+            reach->excess += excess;
+        }
+    }
+}
+
+bool ggml_trit_reaches(int depth, const struct ggml_trit_reach * reach) {
+    return reach->excess <= TRIT_MOST_EXCESS*usual_loss[depth]*reach->energy;
 }
 
 #define TRIT_TYPE(depth) \

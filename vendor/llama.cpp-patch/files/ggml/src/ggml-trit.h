@@ -46,12 +46,24 @@ GGML_API void ggml_trit_pack  (int depth, const struct ggml_trit_block * block, 
 // false if a word is not an encoding, or a reserved trit is not as the format has it
 GGML_API bool ggml_trit_validate_row(int depth, const void * data, size_t n_blocks);
 
-// A block that the type cannot hold (NaN, Inf, a weight above the range, or all weights far below it)
-// is written as words that ggml_validate_row_data refuses.
+// A block that the type cannot hold (NaN, Inf, a weight above the range) is written as words that ggml_validate_row_data
+// refuses. A block below the range gets the least anchor: ggml_trit_reaches says whether that will do.
 GGML_API void quantize_row_trit1_ref(const float * GGML_RESTRICT x, block_trit1 * GGML_RESTRICT y, int64_t k);
 GGML_API void quantize_row_trit2_ref(const float * GGML_RESTRICT x, block_trit2 * GGML_RESTRICT y, int64_t k);
 GGML_API void quantize_row_trit3_ref(const float * GGML_RESTRICT x, block_trit3 * GGML_RESTRICT y, int64_t k);
 GGML_API void quantize_row_trit4_ref(const float * GGML_RESTRICT x, block_trit4 * GGML_RESTRICT y, int64_t k);
+
+// How well a type reaches down to the weights of a tensor: sums over its blocks, zero at first.
+struct ggml_trit_reach {
+    double energy; // of all weights: the sum of their squares
+    double excess; // of what the search loses in blocks below the range, over what the type usually loses of their energy
+};
+
+// adds some blocks of the tensor; they should be finite
+GGML_API void ggml_trit_measure_reach(int depth, const float * x, int64_t n_blocks, struct ggml_trit_reach * reach);
+
+// false if the tensor is too small for the type: the excess shows beside what the type usually loses
+GGML_API bool ggml_trit_reaches(int depth, const struct ggml_trit_reach * reach);
 
 GGML_API void dequantize_row_trit1(const block_trit1 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
 GGML_API void dequantize_row_trit2(const block_trit2 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
