@@ -8,12 +8,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from tritconv.calibration.matrices import Matrix, Recorder
+from tritconv.calibration.matrices import Matrix, Product, Recorder
 from tritconv.calibration.model import LayeredModel, batches
 
 Progress = Callable[[str], None]  # called before each step with what it is
@@ -108,21 +107,13 @@ class _Trace(Recorder):
     """
 
     def __init__(self, layer: torch.nn.Module, matrices: Sequence[Matrix]) -> None:
-        super().__init__(layer, matrices, lambda matrix, x: self._begun.append((matrix, x)))
+        super().__init__(layer, matrices, lambda matrix, x: None)
         self.products: dict[Matrix, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-        self._begun: list[tuple[Matrix, torch.Tensor]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs)
-        while self._begun:
-            self._await_gradient(*self._begun.pop(), out)
-        return out
-
-    def _await_gradient(self, matrix: Matrix, x: torch.Tensor, out: torch.Tensor) -> None:
-        x = x.to(out.dtype)
-        out.register_hook(lambda g: self.products[matrix].append((x, g.detach().reshape(-1, g.shape[-1]))))
+    def _after(self, product: Product, out: torch.Tensor) -> None:
+        x = product.inputs.to(out.dtype)
+        if len(x):
+            out.register_hook(lambda g: self.products[product.matrix].append((x, product.part(g.detach()))))
 
 
 def _of_predictions(model: LayeredModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:

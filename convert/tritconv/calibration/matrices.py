@@ -1,9 +1,10 @@
 """The matrices that a layer multiplies its activations by, and a recorder of what they are multiplied with."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -19,15 +20,21 @@ class Matrix:
     Attributes:
         name: of the parameter, within the layer.
         expert: its place in a parameter that holds the matrices of several experts, or None.
+        transposed: whether the parameter is stored as (n, rows).
     """
 
     name: str
     expert: int | None = None
+    transposed: bool = False
 
     def of(self, layer: torch.nn.Module) -> torch.Tensor:
         """The values, (rows, n): a view of the layer's parameter."""
         parameter = layer.get_parameter(self.name).detach()
-        return parameter if self.expert is None else parameter[self.expert]
+        return self.turned(parameter if self.expert is None else parameter[self.expert])
+
+    def turned(self, values: torch.Tensor) -> torch.Tensor:
+        """From the parameter's layout to (rows, n), or back: a view."""
+        return values.mT if self.transposed else values
 
     @property
     def kind(self) -> str:
@@ -44,7 +51,7 @@ class Matrix:
 
 
 def matrices_of(layer: torch.nn.Module) -> Iterator[Matrix]:
-    """All parameters of a layer with two dimensions, and the matrices of those with three."""
+    """All parameters of a layer with two dimensions, and the matrices of those with three, as they are stored."""
     for name, parameter in layer.named_parameters():
         if parameter.dim() == 2:
             yield Matrix(name)
@@ -52,7 +59,28 @@ def matrices_of(layer: torch.nn.Module) -> Iterator[Matrix]:
             yield from (Matrix(name, expert) for expert in range(len(parameter)))
 
 
+class Product(NamedTuple):
+    """A product of a matrix with activations.
+
+    Attributes:
+        inputs: (tokens, n).
+        part: of the whole operation's output, or of its gradient, what belongs to this matrix: (tokens, rows).
+    """
+
+    matrix: Matrix
+    inputs: torch.Tensor
+    part: Callable[[torch.Tensor], torch.Tensor]
+
+
 OnProduct = Callable[[Matrix, torch.Tensor], None]  # a matrix, and its inputs as (tokens, n)
+
+# x times a matrix (n, rows): with the inputs as first operand, or as second after something to add
+_MATMULS = {torch.matmul, torch.mm, torch.bmm} | {
+    getattr(torch.Tensor, name) for name in ("matmul", "mm", "bmm", "__matmul__")
+}
+_ADDED = {torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm}
+
+_Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 class Recorder(TorchFunctionMode):
@@ -60,19 +88,59 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, layer: torch.nn.Module, matrices: Sequence[Matrix], on_product: OnProduct) -> None:
         super().__init__()
-        self._matrices = {matrix.of(layer).data_ptr(): matrix for matrix in matrices}
+        self._matrices = {_key(matrix.of(layer)): matrix for matrix in matrices}
+        self._stacks: dict[_Key, list[Matrix]] = defaultdict(list)  # of experts that one operation multiplies with
+        for matrix in matrices:
+            if matrix.expert is not None:
+                self._stacks[_key(matrix.turned(layer.get_parameter(matrix.name).detach()))].append(matrix)
         self._on_product = on_product
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        products = list(self._products(func, (*args, *kwargs.values())))
+        for product in products:
+            self._on_product(product.matrix, product.inputs)
+        out = func(*args, **kwargs)
+        for product in products:
+            self._after(product, out)
+        return out
+
+    def _products(self, func: Any, operands: Sequence[Any]) -> Iterator[Product]:
         if func is linear:
-            inputs, weight = (*args, *kwargs.values())[:2]
-            matrix = self._matrices.get(weight.data_ptr())
-            if matrix is not None:
-                self._on_product(matrix, inputs.detach().reshape(-1, inputs.shape[-1]))
-        return func(*args, **kwargs)
+            inputs, weight = operands[:2]
+        elif func in _MATMULS or func in _ADDED:
+            inputs, weight = operands[1:3] if func in _ADDED else operands[:2]
+            if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
+                return
+            weight = weight.detach().mT
+        else:
+            return
+        key = _key(weight)
+        if (matrix := self._matrices.get(key)) is not None:
+            yield Product(matrix, _flat(inputs.detach()), _flat)
+        elif (stack := self._stacks.get(key)) is not None and inputs.dim() == 3:
+            for matrix in stack:
+                assert matrix.expert is not None
+                yield _of_expert(matrix, inputs.detach()[matrix.expert], matrix.expert)
+
+    def _after(self, product: Product, out: torch.Tensor) -> None:
+        """Called with what an operation that has a product in it puts out."""
+
+
+def _of_expert(matrix: Matrix, inputs: torch.Tensor, expert: int) -> Product:
+    """Of one expert in an operation over all of them: tokens that are not for it come as zeros."""
+    mine = inputs.any(dim=-1)
+    return Product(matrix, inputs[mine], lambda out: out[expert][mine])
+
+
+def _key(values: torch.Tensor) -> _Key:
+    return values.data_ptr(), tuple(values.shape), values.stride()
+
+
+def _flat(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(-1, values.shape[-1])
 
 
 def stages(layer: torch.nn.Module, matrices: Sequence[Matrix], run: Callable[[], object]) -> list[list[Matrix]]:

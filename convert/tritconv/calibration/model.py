@@ -1,21 +1,21 @@
 """A model of the transformers library, a layer at a time."""
 
 import copy
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.func import functional_call
 
-import tritconv
-from tritconv.errors import TritError, first_line
+from tritconv.calibration.inputs import Machinery
+from tritconv.calibration.pretrained import INSTEAD, load
+from tritconv.errors import TritError
 
 _BATCH_TOKENS = 2048  # through a layer at a time: enough to keep the cores busy, few enough to keep memory small
 
@@ -28,6 +28,9 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+Visit = Callable[[int, torch.nn.Module, torch.Tensor, torch.Tensor], None]
+
+
 class _Stop(Exception):
     """Ends a pass through the model that has shown enough."""
 
@@ -36,6 +39,7 @@ class LayeredModel:
     """A causal language model whose layers are run one by one.
 
     Attributes:
+        name: what errors call it.
         tokenizer: the model's.
         layers: the model's own, in the type of the checkpoint. They are not changed.
         device: where layers are computed: a GPU if torch has one.
@@ -49,32 +53,20 @@ class LayeredModel:
             gguf_file: a GGUF file in `folder` to load instead.
 
         Raises:
-            TritError: transformers does not know the architecture, or cannot load it.
+            TritError: transformers does not know the architecture, or cannot load it; or it has no list of layers.
         """
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-        options: dict[str, Any] = {"dtype": "auto", "low_cpu_mem_usage": True}
-        if gguf_file is not None:
-            from transformers import GgufConfig
-
-            source["gguf_file"] = gguf_file
-            options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(**source)
-            self._model = AutoModelForCausalLM.from_pretrained(**source, **options).eval()
-        except Exception as error:  # the library raises whatever its many authors chose
-            raise TritError(f"{folder}: transformers cannot load it to calibrate: {first_line(error)}") from error
+        loaded = load(folder, gguf_file)
+        self.name = loaded.name
+        self.tokenizer = loaded.tokenizer
+        self._model = loaded.model
         self._model.requires_grad_(False)
         if hasattr(self._model.config, "_experts_implementation"):
             self._model.config._experts_implementation = "eager"  # the others hide the experts' products
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._layers_name, self.layers = self._find_layers(folder)
+        self._layers_name, self.layers = self._find_layers()
         self._calls: list[_Call] = []
-        self._in_tuples = False  # whether layers return their output in a tuple: that depends on the architecture
+        # hidden states in what a layer returns, a tuple or not, as the last one that was run did; None before
+        self._returned: Callable[[torch.Tensor], Any] | None = None
         self._precision = _fast_precision(self.device)
 
     @property
@@ -83,16 +75,22 @@ class LayeredModel:
         return str(self._precision).removeprefix("torch.")
 
     @property
-    def computed_by(self) -> dict[str, Any]:
-        """All besides a model and its inputs that results depend on, bit by bit: for the names of what is kept."""
-        return {
-            "precision": self.precision,
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "versions": [tritconv.__version__, torch.__version__],
-        }
+    def longest(self) -> int | None:
+        """Tokens of the longest sequence that it takes; None where nothing says so."""
+        found = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
 
-    def _find_layers(self, folder: Path) -> tuple[str, Sequence[torch.nn.Module]]:
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return int(self._model.config.get_text_config().hidden_size)
+
+    @property
+    def machinery(self) -> Machinery:
+        """What computes with it."""
+        return Machinery.here(self.precision, self.device)
+
+    def _find_layers(self) -> tuple[str, Sequence[torch.nn.Module]]:
         count = self._model.config.get_text_config().num_hidden_layers
         lists = [
             (name, module)
@@ -100,23 +98,56 @@ class LayeredModel:
             if isinstance(module, torch.nn.ModuleList) and len(module) == count
         ]
         if not lists:
-            raise TritError(f"{folder}: no list of {count} layers in the model: calibration cannot take it apart")
-        return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+            raise TritError(
+                f"{self.name}: no list of {count} layers in the model, so calibration cannot take it apart: {INSTEAD}"
+            )
+        name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+        if len(set(layers)) < count:
+            raise TritError(
+                f"{self.name}: some of its layers are one and the same, and calibration does not know such "
+                f"models: {INSTEAD}"
+            )
+        return name, layers
 
     def full_name(self, layer: int, parameter: str) -> str:
         """The name of a layer's parameter in the model, as checkpoints have it."""
         return f"{self._layers_name}.{layer}.{parameter}"
 
-    @cached_property
-    def _outside(self) -> dict[str, torch.Tensor]:
-        """Parameters to compute logits with in place of the model's: float32, where nothing else casts half ones."""
-        if self._precision is not torch.float32:
-            return {}
+    def head_is(self, values: torch.Tensor) -> None:
+        """Take (vocabulary, width) for the output matrix, where transformers has the embeddings in its place.
+
+        Some checkpoints have an output matrix that their configuration ties to the embeddings: llama.cpp computes
+        with what is there.
+        """
+        head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        if head.weight is embeddings.weight and values.shape == head.weight.shape:
+            values = values.to(head.weight)
+            if not torch.equal(values, head.weight):
+                head.weight = torch.nn.Parameter(values, requires_grad=False)
+
+    def _in_float(self, modules: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        """The parameters outside the layers in float32: half ones go with nothing that comes out of the layers.
+
+        Args:
+            modules: names of modules to leave out.
+        """
+        skipped = tuple(f"{name}." for name in (self._layers_name, *modules))
         named = self._model.named_parameters()
-        return {name: values.float() for name, values in named if not name.startswith(f"{self._layers_name}.")}
+        return {name: values.float() for name, values in named if not name.startswith(skipped)}
+
+    @cached_property
+    def _behind(self) -> dict[str, torch.Tensor]:
+        """Parameters to compute logits with in place of the model's."""
+        head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        unused = [name for name, module in self._model.named_modules() if module is embeddings]
+        if self._precision is not torch.float32:  # the head's product casts its weights
+            unused += [name for name, module in self._model.named_modules() if module is head]
+        elif head.weight is embeddings.weight:
+            unused = []
+        return self._in_float(unused)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the first layer is given.
+        """What the first layer is given. What layers are given besides is that of the first sequence from now on.
 
         Args:
             tokens: int64 (sequences, length).
@@ -124,36 +155,72 @@ class LayeredModel:
         Returns:
             float32 (sequences, length, width).
         """
-        hidden: list[torch.Tensor] = []
-        calls: dict[int, _Call] = {}
+        found: list[torch.Tensor] = []
+        calls: list[_Call] = []
 
-        def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], last: int) -> None:
+        def layer(index: int, hidden: torch.Tensor, call: _Call) -> Any:
             if index == 0:
-                hidden.append((args[0] if args else kwargs["hidden_states"]).float())
-            calls[index] = _Call(args[1:], {key: v for key, v in kwargs.items() if key != "hidden_states"})
-            if index == last:
+                found.append(hidden.float())
+            if len(found) == 1:
+                calls.append(call)
+                if index == 0 and self._returned is None:
+                    self._calls = calls
+                    self.run(0, self.working_copy(0), hidden.float().to(self.device))
+            if index + 1 == (len(self.layers) if len(found) == 1 else 1):
                 raise _Stop
+            assert self._returned is not None
+            return self._returned(hidden)
 
-        # the first sequence goes through all layers, to see what each of them is given
-        for number, sequence in enumerate(tokens):
-            last = len(self.layers) - 1 if number == 0 else 0
-            hooks = [
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, index=index, last=last: before(index, args, kwargs, last), with_kwargs=True
-                )
-                for index, layer in enumerate(self.layers)
-            ]
-            try:
-                with torch.no_grad(), self.autocast("cpu"):
-                    self._model(input_ids=sequence[None], use_cache=False)
-            except _Stop:
-                pass
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            if number == 0:
-                self._calls = [calls[index] for index in range(len(self.layers))]
-        return torch.cat(hidden)
+        parameters = self._in_float()
+        for sequence in tokens:
+            with suppress(_Stop):
+                self._run_model(parameters, layer, input_ids=sequence[None])
+        self._calls = calls
+        return torch.cat(found)
+
+    def walk(self, tokens: torch.Tensor, visit: Visit) -> torch.Tensor:
+        """Put sequences through the model as the transformers library does it, with layers in float32.
+
+        Args:
+            tokens: int64 (sequences, length).
+            visit: called after each layer with its number, a copy of it, and what it was given and put out: float32
+                (sequences, length, width), on the device.
+
+        Returns:
+            float32 (sequences, length, vocabulary): the logits.
+        """
+
+        def layer(index: int, hidden: torch.Tensor, call: _Call) -> Any:
+            copied, hidden = self.working_copy(index), hidden.float().to(self.device)
+            with self.autocast():
+                out = copied(hidden, *_to(call.args, self.device), **_to(call.kwargs, self.device))
+            visit(index, copied, hidden, (out[0] if isinstance(out, tuple) else out).float())
+            return _to(out, torch.device("cpu"))
+
+        with self.autocast("cpu"):
+            return self._run_model(self._in_float(), layer, input_ids=tokens).logits.float()
+
+    def _run_model(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        layer: Callable[[int, torch.Tensor, _Call], Any],
+        grad: bool = False,
+        **inputs: torch.Tensor,
+    ) -> Any:
+        """Run the model with other parameters, and with `layer` in place of its layers."""
+
+        def forward(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            return layer(index, hidden, _Call(args[1:], kwargs))
+
+        for index, one in enumerate(self.layers):
+            one.forward = partial(forward, index)
+        try:
+            with torch.set_grad_enabled(grad):
+                return functional_call(self._model, dict(parameters), kwargs={**inputs, "use_cache": False})
+        finally:
+            for one in self.layers:
+                del one.forward
 
     def autocast(self, device: str | None = None) -> AbstractContextManager[object]:
         """A context in which products are computed in the fast precision."""
@@ -174,13 +241,31 @@ class LayeredModel:
         call = self._calls[index]
         with self.autocast():
             out = layer(hidden, *_to(call.args, self.device), **_to(call.kwargs, self.device))
-        self._in_tuples = isinstance(out, tuple)
-        return (out[0] if self._in_tuples else out).float()
+        if isinstance(out, tuple):
+            rest = out[1:]
+            self._returned = lambda hidden: (hidden, *rest)
+            return out[0].float()
+        self._returned = lambda hidden: hidden
+        return out.float()
 
     def run_all(self, index: int, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """As `run`, in batches and without gradients; hidden states are taken from and go to the CPU."""
+        """As `run`, in batches and without gradients; hidden states are taken from and go to the CPU.
+
+        Raises:
+            TritError: what comes out is not finite.
+        """
         with torch.no_grad():
-            return torch.cat([self.run(index, layer, batch.to(self.device)).cpu() for batch in batches(hidden)])
+            out = torch.cat([self.run(index, layer, batch.to(self.device)).cpu() for batch in batches(hidden)])
+        self.check_finite(out, f"layer {index} puts out")
+        return out
+
+    def check_finite(self, values: torch.Tensor, what: str) -> None:
+        """Raise TritError, of `what` that these values are, if one of them is NaN or infinite."""
+        if not bool(values.isfinite().all()):
+            raise TritError(
+                f"{self.name}: {what} NaN or infinite values on this text: the weights are damaged, or not meant for "
+                f"{self.precision}"
+            )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model makes of the last layer's output (sequences, length, width), with gradients.
@@ -188,15 +273,13 @@ class LayeredModel:
         Returns:
             float32 (sequences, length, vocabulary).
         """
-        for layer in self.layers:  # the model's own path from the layers to the logits, with the layers skipped
-            layer.forward = lambda *_, **__: (hidden,) if self._in_tuples else hidden
-        try:
-            with self.autocast("cpu"):
-                out = functional_call(self._model, self._outside, kwargs={"inputs_embeds": hidden, "use_cache": False})
-                return out.logits.float()
-        finally:
-            for layer in self.layers:
-                del layer.forward
+        returned = self._returned
+        assert returned is not None
+        with self.autocast("cpu"):  # the model's own path from the layers to the logits, with the layers skipped
+            out = self._run_model(
+                self._behind, lambda *_: returned(hidden), torch.is_grad_enabled(), inputs_embeds=hidden
+            )
+            return out.logits.float()
 
 
 def batches(hidden: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -221,6 +304,7 @@ def _fast_precision(device: torch.device) -> torch.dtype:
     announced = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     # virtual machines may announce instructions that fault
     probe = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
-    if announced and subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode == 0:
+    command = [sys.executable, "-I", "-c", probe]  # isolated: a torch.py in the current folder does not run
+    if announced and subprocess.run(command, capture_output=True, check=False).returncode == 0:
         return torch.bfloat16
     return torch.float32

@@ -1,11 +1,12 @@
 """Which rows of a GGUF tensor are which rows of the model's matrices.
 
 llama.cpp's converter renames, splits, stacks and permutes. Whatever it does to a matrix as a whole, a row stays the
-same weights in the same order, so rows are known by their content.
+same weights in the same order, so rows are known by their content. Rows with the same content, such as rows of zeros,
+are told apart by where they stand: they go on as the rows around them do.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,38 +42,168 @@ class RowMap:
 
 
 class RowIndex:
-    """The rows of matrices by their content."""
+    """The rows of matrices by their content, as their types hold it."""
 
-    def __init__(self) -> None:
-        self._rows: dict[int, deque[tuple[Place, int]]] = defaultdict(deque)
+    def __init__(self, matrices: Mapping[Place, torch.Tensor]) -> None:
+        """Index matrices: (rows, n) of any float type, by their places."""
+        self._places = list(matrices)
+        self._digests = [_digests(weights.detach().cpu()) for weights in matrices.values()]
+        self._used: set[tuple[int, int]] = set()  # rows, by the numbers of their matrices, that are like others
+        alike: dict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
+        for number, weights in enumerate(matrices.values()):
+            alike[weights.shape[1], weights.dtype].append(number)
+        self._tables = {key: _Table.of(numbers, self._digests) for key, numbers in alike.items()}
 
-    def add(self, place: Place, weights: torch.Tensor) -> None:
-        """Add the rows of a matrix, (rows, n)."""
-        for row, digest in enumerate(_digests(weights.float().cpu().numpy())):
-            self._rows[digest].append((place, row))
+    def find(self, values: np.ndarray, likely: Collection[Place] = ()) -> RowMap | None:
+        """Where the rows of a tensor (.., n) come from; None if one of them is not there.
 
-    def find(self, values: np.ndarray) -> RowMap | None:
-        """Where the rows of a tensor (.., n) come from; None if one of them is not there."""
-        rows = []
-        for digest in _digests(values.reshape(-1, values.shape[-1]).astype(np.float32)):
-            alike = self._rows.get(digest)
-            if not alike:
-                return None
-            rows.append(alike[0])
-            alike.rotate(-1)  # rows that are alike are taken in turn
-        places = list(dict.fromkeys(place for place, _ in rows))
-        number = {place: i for i, place in enumerate(places)}
-        return RowMap(
-            places,
-            np.array([number[place] for place, _ in rows], dtype=np.int32),
-            np.array([row for _, row in rows], dtype=np.int64),
-        )
+        Args:
+            values: float16 or float32. They are rounded to the types of the matrices.
+            likely: matrices that the tensor may be made of, to choose between rows that are alike.
+        """
+        rows = torch.from_numpy(values.reshape(-1, values.shape[-1]))
+        for (width, dtype), table in self._tables.items():
+            if width != values.shape[-1]:
+                continue
+            digests = _digests(rows.to(dtype))
+            first, counts = table.spans(digests)
+            if len(counts) and counts.all():
+                place, row = table.place[first], table.row[first]
+                if (counts > 1).any():
+                    preferred = {self._places.index(one) for one in likely if one in self._places}
+                    step = values.shape[-2] if values.ndim > 2 else len(rows)
+                    for start in range(0, len(rows), step):  # the matrix of an expert
+                        part = slice(start, start + step)
+                        self._tell_apart(table, digests[part], counts[part] > 1, place[part], row[part], preferred)
+                return self._row_map(place, row)
+        return None
+
+    def _row_map(self, place: np.ndarray, row: np.ndarray) -> RowMap:
+        numbers, first, index = np.unique(place, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        return RowMap([self._places[numbers[i]] for i in order], rank[index].astype(np.int32), row)
+
+    def _tell_apart(
+        self,
+        table: "_Table",
+        digests: np.ndarray,
+        open_rows: np.ndarray,
+        place: np.ndarray,
+        row: np.ndarray,
+        likely: Collection[int],
+    ) -> None:
+        """Choose between rows that are alike, for one matrix of a tensor. Changes `place` and `row`.
+
+        Args:
+            digests, open_rows, place, row: (rows,), of the tensor; `place` and `row` stand where `open_rows` is False.
+        """
+        known = np.flatnonzero(~open_rows)
+        going_on = {number: _continued(known[place[known] == number], row, len(row)) for number in set(place[known])}
+        ranks = dict.fromkeys([*likely, *going_on], 0)
+        queues: dict[int, list[tuple[int, int]]] = {}
+        before: tuple[int, int] | None = None
+        for i in range(len(row)):
+            if open_rows[i]:
+                digest = int(digests[i])
+                found = self._beside(known, i, place, going_on, digest)
+                if found is None and before is not None and self._is(*before, digest):
+                    found = before
+                if found is None or found in self._used:
+                    if digest not in queues:
+                        rows = table.rows_of(digest)
+                        queues[digest] = sorted(rows, key=lambda one: (ranks.get(one[0], 1), one), reverse=True)
+                    queue = queues[digest]
+                    while len(queue) > 1 and queue[-1] in self._used:
+                        queue.pop()
+                    found = queue[-1]
+                self._used.add(found)
+                place[i], row[i] = found
+            before = int(place[i]), int(row[i]) + 1
+
+    def _beside(
+        self, known: np.ndarray, i: int, place: np.ndarray, going_on: Mapping[int, np.ndarray | None], digest: int
+    ) -> tuple[int, int] | None:
+        """The row that goes on as the nearest known ones of the tensor do, if it has the content."""
+        at = int(np.searchsorted(known, i))
+        for neighbour in known[max(at - 1, 0) : at + 1]:
+            number = int(place[neighbour])
+            rows = going_on[number]
+            if rows is not None and self._is(number, int(rows[i]), digest):
+                return number, int(rows[i])
+        return None
+
+    def _is(self, number: int, row: int, digest: int) -> bool:
+        """Whether a matrix has a row of that content."""
+        digests = self._digests[number]
+        return 0 <= row < len(digests) and int(digests[row]) == digest
 
 
-def _digests(rows: np.ndarray) -> list[int]:
-    """A 64-bit digest of each row of float32 (rows, n): a random linear form of its bits."""
+@dataclass(frozen=True)
+class _Table:
+    """Rows of matrices, sorted by their digests. All (rows,): `place` is the number of the matrix."""
+
+    digest: np.ndarray
+    place: np.ndarray
+    row: np.ndarray
+
+    @staticmethod
+    def of(numbers: Sequence[int], digests: Sequence[np.ndarray]) -> "_Table":
+        """Of the matrices of these numbers."""
+        digest = np.concatenate([digests[number] for number in numbers])
+        order = np.argsort(digest, kind="stable")
+        place = np.concatenate([np.full(len(digests[number]), number) for number in numbers])
+        row = np.concatenate([np.arange(len(digests[number])) for number in numbers])
+        return _Table(digest[order], place[order], row[order])
+
+    def spans(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each digest, the first of the rows that have it, and how many."""
+        first = np.searchsorted(self.digest, digests)
+        counts = np.searchsorted(self.digest, digests, side="right") - first
+        return np.minimum(first, max(len(self.digest) - 1, 0)), counts
+
+    def rows_of(self, digest: int) -> list[tuple[int, int]]:
+        """The rows that have a digest: the number of the matrix, and the row."""
+        (first,), (count,) = self.spans(np.array([digest], dtype=np.uint64))
+        part = slice(first, first + count)
+        return list(zip(self.place[part].tolist(), self.row[part].tolist(), strict=True))
+
+
+def _continued(known: np.ndarray, row: np.ndarray, length: int) -> np.ndarray | None:
+    """The rows of a matrix that a tensor has, if all go on as the known ones do; -1 where they do not say.
+
+    Rows come in periods: one row each where the order is kept, those of an attention head where they are permuted.
+
+    Args:
+        known: the tensor's rows that are known; `row` says which of the matrix they are.
+        length: rows of the tensor.
+
+    Returns:
+        int64 (length,); None without a period.
+    """
+    found = np.full(length, -1, dtype=np.int64)
+    found[known] = row[known]
+    for period in (p for p in range(1, length) if length % p == 0):
+        pairs = known[known < length - period]
+        pairs = pairs[found[pairs + period] >= 0]
+        steps = found[pairs + period] - found[pairs]
+        if not len(steps) or (steps != steps[0]).any():
+            continue
+        starts = np.full(period, -1, dtype=np.int64)
+        starts[known % period] = found[known] - steps[0] * (known // period)
+        if (starts[known % period] + steps[0] * (known // period) != found[known]).any():
+            continue
+        every = np.arange(length)
+        some = starts[every % period]
+        return np.where(np.isin(every % period, known % period), some + steps[0] * (every // period), -1)
+    return None
+
+
+def _digests(rows: torch.Tensor) -> np.ndarray:
+    """uint64 (rows,): a digest of each row of floats (rows, n): a random linear form of its bits as float32."""
     factors = np.random.default_rng(0).integers(0, 2**64, rows.shape[1], dtype=np.uint64) | np.uint64(1)
-    bits = np.ascontiguousarray(rows).view(np.uint32)
     step = max(1, (1 << 22) // rows.shape[1])
-    parts = [bits[i : i + step].astype(np.uint64) @ factors for i in range(0, len(bits), step)]
-    return np.concatenate(parts).tolist() if parts else []
+    # to add zero makes minus zero zero
+    parts = [(part.float() + 0).contiguous().numpy().view(np.uint32).astype(np.uint64) for part in rows.split(step)]
+    return np.concatenate([part @ factors for part in parts])

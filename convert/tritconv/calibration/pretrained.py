@@ -1,0 +1,115 @@
+"""Loads a model of the transformers library with the weights that its files have: none made up, none rounded."""
+
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tritconv.errors import TritError, first_line
+from tritconv.foreign_code import guard
+
+# The types of weights in safetensors files that transformers can compute in, the wider ones narrowed.
+_FLOATS = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MOST_ROUNDED = 0.1  # of the weights: BF16 may hold the rest, where a few of them are wider
+
+INSTEAD = "use --method search, or --imatrix"  # what goes without calibration
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model and its tokenizer, both of the transformers library; `name` is what errors call it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def load(folder: Path, gguf_file: str | None = None) -> Pretrained:
+    """Load a causal language model, or the model around one that takes images too.
+
+    A missing output matrix is the embeddings, as in llama.cpp.
+
+    Args:
+        folder: a checkpoint that has been checked.
+        gguf_file: a GGUF file in `folder` to load instead.
+
+    Raises:
+        TritError: transformers does not know the architecture, cannot load it, or lacks weights of it.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    guard()
+    from transformers import AutoConfig, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    name = str(folder if gguf_file is None else folder / gguf_file)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    options: dict[str, Any] = {"dtype": _dtype(folder), "low_cpu_mem_usage": True}
+    if gguf_file is not None:
+        source["gguf_file"] = gguf_file
+        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        config = AutoConfig.from_pretrained(**source)
+        auto_class = _class(config, name)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model, info = auto_class.from_pretrained(**source, **options, output_loading_info=True)
+    except TritError:
+        raise
+    except Exception as error:  # the library raises whatever its many authors chose
+        raise TritError(f"{name}: transformers cannot load it to calibrate ({first_line(error)}): {INSTEAD}") from error
+    _complete(model, info["missing_keys"], name)
+    return Pretrained(name, model.eval(), tokenizer)
+
+
+def _class(config: Any, name: str) -> Any:
+    """The class of transformers that loads a model with such a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise TritError(f"{name}: calibration does not know encoder-decoder models ({kind}): {INSTEAD}")
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        own_code = getattr(config, "auto_map", None) or {}
+        if type(config) in auto_class._model_mapping or auto_class.__name__ in own_code:
+            return auto_class
+    raise TritError(f"{name}: transformers has no language model for {kind} to calibrate: {INSTEAD}")
+
+
+def _complete(model: Any, missing: Collection[str], name: str) -> None:
+    """Tie a missing output matrix to the embeddings; no other weight may be missing."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        raise TritError(f"{name}: the model has no output matrix, so it is no language model: {INSTEAD}")
+    named = dict(model.named_parameters(remove_duplicate=False))
+    heads = {key for key in missing if named.get(key) is head.weight}
+    if rest := sorted(set(missing) - heads):
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        raise TritError(
+            f"{name}: the checkpoint lacks {rest[0]}{more}: calibration would run on random weights; "
+            "download it again, or mend config.json"
+        )
+    if heads:
+        head.weight = embeddings.weight
+
+
+def _dtype(folder: Path) -> torch.dtype | str:
+    """The type that holds the matrices of a checkpoint; "auto" where the files do not tell."""
+    weights: Counter[torch.dtype] = Counter()
+    for path in folder.glob("*.safetensors"):
+        if path.name.startswith("consolidated"):
+            continue
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                values = file.get_slice(key)
+                if (shape := values.get_shape())[1:] and (dtype := _FLOATS.get(values.get_dtype())) is not None:
+                    weights[dtype] += int(torch.Size(shape).numel())
+    if not weights:
+        return "auto"
+    if weights[torch.bfloat16] >= (1 - _MOST_ROUNDED) * weights.total():
+        return torch.bfloat16
+    return next(iter(weights)) if len(weights) == 1 else torch.float32
