@@ -1,7 +1,10 @@
 """Checkpoints that already lie on a lattice of trits keep their codes; no others are taken for such."""
 
+import os
+import re
 import shutil
 from pathlib import Path
+from pydoc_data import topics
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import depths
 
+from tritconv import lattice
 from tritconv.codec import unpack
 from tritconv.errors import RangeError
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
@@ -132,11 +136,11 @@ def test_zeros_are_no_lattice(depth: int) -> None:
 def test_blocks_are_those_of_the_method(depth: int) -> None:
     weights = _weights(np.random.default_rng(1))
     codes, scales = encode(weights, depth)
-    data, lattice_import = _import(_values(codes, scales), depth)
     tensor = SourceTensor("blk.0.ffn_up.weight", weights.shape, Kind.MATRIX, lambda: weights)
     with Workers(2) as workers:
-        assert np.array_equal(data, Uniform().quantize(tensor, weights, depth, workers))
-    assert lattice_import.n_imported == 1
+        imported = lattice._import(_values(codes, scales), depth, workers)
+        assert imported is not None
+        assert np.array_equal(imported.data, Uniform().quantize(tensor, weights, depth, workers))
 
 
 def test_the_remark_says_how_far_the_scales_moved() -> None:
@@ -161,26 +165,86 @@ def test_a_weight_off_the_lattice_outside_the_sample() -> None:
     assert np.array_equal(data, search(values.astype(np.float32), 2))
 
 
+def _relative_error(data: np.ndarray, values: np.ndarray, depth: int) -> float:
+    stored = unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth])).decode().reshape(values.shape)
+    return float(np.linalg.norm(stored - values) / np.linalg.norm(values))
+
+
+def _sources() -> dict[str, np.ndarray]:
+    """float32 (300, 192), of types with few levels."""
+    rng = np.random.default_rng(0)
+    weights = _weights(rng)
+    step = np.abs(weights).max() / 7
+    found = {
+        "MXFP4": quants.dequantize(_mxfp4(rng, (300, 192)), Type.MXFP4),
+        "int4, one scale": np.rint(weights / step).clip(-8, 7) * step,
+        "int8, one scale": np.rint(weights / step * 16) * step / 16,
+        "int4, a scale for each row": np.rint(weights / np.abs(weights).max(1, keepdims=True) * 7) / 7,
+        "ternary, one scale": rng.integers(-1, 2, weights.shape) * 0.0371,
+        "powers of two": 2.0 ** rng.integers(-6, 0, weights.shape),
+        "two values": rng.choice(np.array([-0.5, 0.25]), weights.shape),
+        "one value": np.full(weights.shape, 0.3),
+        "zeros among others": np.where(rng.random(weights.shape) < 0.9, 0, np.sign(weights) * 0.01),
+    }
+    for depth in DEPTHS:
+        found[f"the codec's, depth {depth}"] = _values(*encode(weights, depth))
+        found[f"decoded TRIT{depth}"] = quants.dequantize(search(weights, depth), Type[f"TRIT{depth}"])
+    for qtype in (Type.Q4_0, Type.Q8_0):
+        found[qtype.name] = quants.dequantize(quants.quantize(weights, qtype), qtype)
+    return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def _mxfp4(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """uint8 (rows, bytes per row): blocks of 32 weights, an exponent and 16 bytes of two codes each."""
+    blocks = rng.integers(0, 256, (shape[0], shape[1] // 32, 17), dtype=np.uint8)
+    blocks[..., 0] = rng.integers(118, 124, blocks.shape[:2])
+    return blocks.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_an_import_is_no_worse_than_the_search_and_no_worse_depth_is_advised(depth: int) -> None:
+    for name, values in _sources().items():
+        data, lattice_import = _import(values, depth)
+        error = _relative_error(data, values, depth)
+        assert error <= _relative_error(search(values, depth), values, depth) * (1 + 1e-6), name
+        for remark in lattice_import.remarks():
+            if advised := re.search(r"--depth (\d) keeps their codes", remark):
+                better = int(advised[1])
+                at_better, other_import = _import(values, better)
+                assert other_import.n_imported == 1, name
+                assert _relative_error(at_better, values, better) <= error * (1 + 1e-6), name
+
+
+def test_ternary_weights_are_imported_and_mxfp4_is_not() -> None:
+    sources = _sources()
+    assert _import(sources["ternary, one scale"], 1)[1].n_imported == 1
+    assert lattice_depth(sources["MXFP4"]) == 3
+    assert _import(sources["MXFP4"], 3)[1].n_imported == 0
+
+
 @pytest.mark.parametrize(("found", "asked"), [(1, 2), (2, 1), (3, 4), (4, 2)])
 def test_another_depth(found: int, asked: int) -> None:
     values = _values(*encode(_weights(np.random.default_rng(2)), found)).astype(np.float16)
     data, lattice_import = _import(values, asked)
     assert np.array_equal(data, search(values.astype(np.float32), asked))
     assert lattice_import.n_imported == 0
-    (remark,) = lattice_import.remarks()
-    assert f"on a lattice of {found} trits, not {asked}: --depth {found} keeps their codes" in remark
+    if (found, asked) == (2, 1):
+        (remark,) = lattice_import.remarks()
+        assert "on a lattice of 2 trits, not 1: --depth 2 keeps their codes" in remark
+    else:  # the search comes closer, with the depth asked for or with that of the lattice
+        assert lattice_import.remarks() == []
 
 
 def test_experts() -> None:
     rng = np.random.default_rng(0)
-    matrices = [encode(_weights(rng), 3) for _ in range(4)]
+    matrices = [encode(_weights(rng), 2) for _ in range(4)]
     values = np.stack([_values(*matrix) for matrix in matrices]).astype(np.float16)
-    data, lattice_import = _import(values, 3)
-    got = unpack(3, data.reshape(-1, BYTES_PER_BLOCK[3])).codes.reshape(values.shape)
+    data, lattice_import = _import(values, 2)
+    got = unpack(2, data.reshape(-1, BYTES_PER_BLOCK[2])).codes.reshape(values.shape)
     assert all(np.array_equal(got[i], matrices[i][0]) for i in range(4))
     assert lattice_import.n_imported == 1
     values[2] = rng.standard_normal(values[2].shape)
-    assert _import(values, 3)[1].n_imported == 0
+    assert _import(values, 2)[1].n_imported == 0
 
 
 def test_scales_out_of_range() -> None:
@@ -189,10 +253,8 @@ def test_scales_out_of_range() -> None:
         _import(_values(codes, 1000 * scales), 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_a_published_checkpoint(depth: int, dtype: torch.dtype, checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "published"
+def _published(folder: Path, checkpoint: Path, depth: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Make a checkpoint whose matrices lie on lattices, of another; their codes."""
     shutil.copytree(checkpoint, folder)
     tensors = load_file(folder / "model.safetensors")
     codes = {}
@@ -201,7 +263,14 @@ def test_a_published_checkpoint(depth: int, dtype: torch.dtype, checkpoint: Path
             codes[name], scales = encode(tensor.float().numpy(), depth)
             tensors[name] = torch.from_numpy(_values(codes[name], scales)).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return codes
 
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("depth", [1, 2])  # with more, the search comes closer
+def test_a_published_checkpoint(depth: int, dtype: torch.dtype, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    codes = _published(folder, checkpoint, depth, dtype)
     path = tmp_path / "out.gguf"
     done = tritconv("hf-to-gguf", folder, "--depth", depth, "-o", path)
     assert done.returncode == 0, done.stderr
@@ -219,6 +288,27 @@ def test_a_published_checkpoint(depth: int, dtype: torch.dtype, checkpoint: Path
             got, wanted = got[np.lexsort(got.T)], wanted[np.lexsort(wanted.T)]
         assert np.array_equal(got, wanted)
     assert all(np.abs(c).max() == CODE_MAX[depth] for c in codes.values())
+
+
+@pytest.mark.slow
+def test_what_is_calibrated_is_not_imported(checkpoint: Path, tmp_path: Path) -> None:
+    """The trained blocks and norms belong together."""
+    folder, text = tmp_path / "published", tmp_path / "text.txt"
+    codes = _published(folder, checkpoint, 2, torch.float16)
+    text.write_text("\n\n".join(topics.topics.values())[:60_000], encoding="utf-8")
+    path = tmp_path / "out.gguf"
+    calibration = ("--calibrate", text, "--calib-tokens", 2048, "--calib-seq", 64, "--method", "tune", "--epochs", 1)
+    done = tritconv(
+        *("hf-to-gguf", folder, "--depth", 2, "-o", path, *calibration),
+        env=os.environ | {"TRITCONV_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lattice" not in done.stdout
+    metadata = read_model_file(path).metadata
+    assert (metadata["trit.method"], metadata["trit.imported"]) == ("tune", 0)
+    stored = {t.name: np.asarray(t.data) for t in GGUFReader(path).tensors}
+    down = unpack(2, stored["blk.1.ffn_down.weight"].reshape(-1, BYTES_PER_BLOCK[2])).codes
+    assert not np.array_equal(down.ravel(), codes["model.layers.1.mlp.down_proj.weight"].ravel())
 
 
 def test_other_checkpoints_import_nothing(checkpoint: Path, tmp_path: Path) -> None:

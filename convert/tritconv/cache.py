@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import weakref
@@ -24,10 +25,8 @@ from rich.text import Text
 from tritconv import sizes
 from tritconv.errors import TritError
 
-try:
+if sys.platform != "win32":
     from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
-except ImportError:  # Windows
-    flock = None  # type: ignore[assignment]
 
 _PLACE = "TRITCONV_CACHE"
 _LIMIT = "TRITCONV_CACHE_SIZE"
@@ -166,7 +165,7 @@ def _hold(place: Path, about: str) -> int:
 
 def _lock(file: int, exclusive: bool) -> bool | None:
     """Take a lock, an exclusive one only if it is free: whether it was; None where there are no locks."""
-    if flock is None:
+    if sys.platform == "win32":
         return None
     try:
         flock(file, LOCK_EX | LOCK_NB if exclusive else LOCK_SH)
