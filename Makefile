@@ -23,6 +23,9 @@ ifeq ($(CUDA),1)
 BUILD_FLAGS += --cuda --cuda-architectures "$(CUDA_ARCHITECTURES)"
 endif
 
+# Executions of each fuzz target.
+RUNS ?= 1000000
+
 # Options of bench/speed.py.
 BENCH_FLAGS ?=
 
@@ -38,7 +41,7 @@ TEST_BACKEND_OPS = build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BAC
 	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full check bench build lint format clean
+.PHONY: help demo test test-full check fuzz bench build lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +61,10 @@ test-full: build lint $(DEMO_GGUF) ## the same, and what make test only samples:
 
 check: lint ## lint, and the tests that need no compiled llama.cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not build" --numprocesses $(CPUS)
+
+fuzz: $(VENV)/packages ## fuzz the header reader and the blocks, with clang and Atheris: RUNS=1000000
+	$(PIP) install --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py --runs $(RUNS)
 
 bench: $(DEMO_GGUF) ## measure speed beside other types: BENCH_FLAGS="--models llama-1b --cpu haswell"
 	$(BIN)/python bench/speed.py $(BENCH_FLAGS)

@@ -18,7 +18,6 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from rich.filesize import decimal as human_size
 
-from tritconv.console import without_controls
 from tritconv.errors import TritError, first_line
 from tritconv.format import FORMAT_VERSION
 
@@ -150,7 +149,7 @@ class Tensor:
 class ModelFile:
     """The header of a GGUF file that has passed all checks.
 
-    metadata: text as far as it is UTF-8, other bytes replaced; `raw_value` has the bytes.
+    metadata: text as far as it is UTF-8, other bytes replaced; `raw_values` has the bytes.
     fields: where each of the values lies, by key.
     """
 
@@ -330,12 +329,13 @@ def raw_values(model: ModelFile) -> Iterator[tuple[str, Field, Any]]:
     try:
         with model.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for key, field in model.fields.items():
-                yield key, field, _raw_value(data, field)
+                yield key, field, raw_value(data, field)
     except (OSError, ValueError, struct.error) as error:
         raise TritError(f"{model.path}: cannot be read again: {first_line(error)}") from error
 
 
-def _raw_value(data: mmap.mmap, field: Field) -> Any:
+def raw_value(data: bytes | mmap.mmap, field: Field) -> Any:
+    """A metadata value of the file whose content is `data`, as `raw_values` yields it."""
     at = field.start
     if field.type is _STRING:
         return data[at : at + field.length]
@@ -540,7 +540,7 @@ class _HeaderReader:
             name = raw.decode()
         except UnicodeDecodeError:
             raise self._damaged(f"a {what} that is not UTF-8: {raw[:_MAX_NAME]!r}") from None
-        if any(character in name for character in "\n\t") or without_controls(name) != name:
+        if not name.isprintable():
             raise self._damaged(f"a {what} with control characters: {name[:_MAX_NAME]!r}")
         return name
 
