@@ -64,6 +64,17 @@ def write_tiny_model(
     return path
 
 
+def damaged(path: Path) -> Path:
+    """Make a weight of output.weight a NaN."""
+    reader = gguf.GGUFReader(path)
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "output.weight")
+    start = int(tensor.data_offset)
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff\x7f")
+    return path
+
+
 def _weights(seed: int, noise: float, hidden: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     noise_rng = np.random.default_rng(seed + 1)

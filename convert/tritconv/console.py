@@ -2,12 +2,15 @@
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# emoji=False, as a file may be called ":x:".
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 # Text from a model, a model file or a tool is not ours: escape sequences in it could drive the terminal.
 _CONTROL_CODES = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -39,6 +42,21 @@ def write_answer(text: str) -> None:
 def note(text: str) -> None:
     """Write a dim line to stderr."""
     err.print(f"[dim]{escape(one_line(text))}[/dim]", soft_wrap=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within this context, nothing is written to stderr: for work that is done once more."""
+    before, err.quiet = err.quiet, True
+    try:
+        yield
+    finally:
+        err.quiet = before
+
+
+def warning(text: str) -> None:
+    """Write a warning to stderr, as one line."""
+    err.print(f"[yellow]warning[/yellow]: {escape(one_line(text))}", soft_wrap=True)
 
 
 def error(text: object) -> None:

@@ -3,22 +3,23 @@
 llama.cpp's layout: `_logits_`, int32 context, int32 vocabulary, int32 chunks, int32 tokens of all chunks,
 then for each chunk a uint16 row per scored token. It does not name the base model and the text: an old file
 would be taken for another text without a word. A stamp at the end, where llama.cpp does not read, names them:
-JSON, its length as a little-endian uint32, and a magic word.
+JSON, its length as a little-endian uint32, and a magic word. Files are named by their digests, as many have one name.
 """
 
-import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from tritconv.errors import TritError
-from tritconv.model_file import ModelFile
 
 _TAIL = struct.Struct("<I8s")
-_MAGIC = b"tritrun1"
+_MAGIC, _OLD_MAGIC = b"tritrun2", b"tritrun1"
+_MAX_STAMP = 1 << 16  # bytes
 
-Stamp = dict[str, str | int | None]
+Stamp = Mapping[str, str | int | None]
+"""All that the logits depend on, by name."""
 
 
 def scored_tokens(n_ctx: int) -> int:
@@ -32,18 +33,9 @@ def logits_bytes(n_ctx: int, chunks: int, vocabulary: int) -> int:
     return 20 + chunks * (4 * n_ctx + 2 * scored_tokens(n_ctx) * row)
 
 
-def make_stamp(base: ModelFile | None, vocabulary: int, text: Path, n_ctx: int, chunks: int | None) -> Stamp:
-    """What the logits depend on; of the base model its name and size. `base` None leaves it open."""
-    digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    stamp: Stamp = {"vocabulary": vocabulary, "text_sha256": digest, "ctx": n_ctx, "chunks": chunks}
-    if base is not None:
-        stamp |= {"base": base.path.name, "base_bytes": base.size}
-    return stamp
-
-
 def append_stamp(path: Path, stamp: Stamp) -> None:
     """Finish a file that llama-perplexity has written: add the stamp and flush it to disk."""
-    data = json.dumps(stamp).encode()
+    data = json.dumps(dict(stamp)).encode()
     with path.open("ab") as file:
         file.write(data + _TAIL.pack(len(data), _MAGIC))
         file.flush()
@@ -51,7 +43,7 @@ def append_stamp(path: Path, stamp: Stamp) -> None:
 
 
 def check_stamp(path: Path, wanted: Stamp) -> None:
-    """See that the logits in `path` were made for what `wanted` says.
+    """See that the logits in `path` were made for what `wanted` says; it may leave something open.
 
     Raises:
         TritError: they were not, or the file has no stamp.
@@ -59,7 +51,14 @@ def check_stamp(path: Path, wanted: Stamp) -> None:
     found = _read_stamp(path)
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise TritError(f"{path} was made with {key} {found.get(key)}, not {value}; delete it or name another file")
+            difference = f"{key} {_shown(found.get(key))}, not {_shown(value)}"
+            raise TritError(f"{path} was made with {difference}; delete it or name another file")
+
+
+def _shown(value: object) -> str:
+    """A value of a stamp: digests are cut, as nobody compares all of one."""
+    text = "all" if value is None else str(value)
+    return text if len(text) <= 16 else f"{text[:12]}…"
 
 
 def _read_stamp(path: Path) -> Stamp:
@@ -67,11 +66,16 @@ def _read_stamp(path: Path) -> Stamp:
         with path.open("rb") as file:
             file.seek(-_TAIL.size, os.SEEK_END)
             length, magic = _TAIL.unpack(file.read(_TAIL.size))
-            if magic == _MAGIC:
+            if magic == _OLD_MAGIC:
+                raise TritError(
+                    f"{path} was made by an older tritrun, which did not record the content of the base; "
+                    "delete it or name another file"
+                )
+            if magic == _MAGIC and length <= _MAX_STAMP:
                 file.seek(-_TAIL.size - length, os.SEEK_END)
                 stamp = json.loads(file.read(length))
                 if isinstance(stamp, dict):
                     return stamp
-    except (OSError, ValueError):  # too short for a stamp, or the stamp is damaged
+    except (OSError, ValueError, RecursionError):  # too short for a stamp, or the stamp is damaged
         pass
     raise TritError(f"{path} is not a file of `tritrun perplexity --logits`; delete it or name another file")

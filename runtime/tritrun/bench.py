@@ -10,11 +10,13 @@ from rich.table import Table
 
 from tritconv.console import err, one_line
 from tritconv.errors import TritError
+from tritconv.loads import refusal
 from tritconv.model_file import ModelFile
 from tritrun import variants
 from tritrun.tools import run_tool
 
 _TOOL = "llama-bench"
+_NOT_LOADED = "failed to load model"
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,19 @@ class BenchRun:
         if self.cpu_only:
             arguments += ["-dev", "none", "-ngl", "0"]
         output: list[str] = []
-        with err.status(model.path.name) as status:
+        name = escape(one_line(model.path.name))
+        with err.status(name) as status:
 
             def on_stderr(line: str) -> None:
                 _, is_progress, step = line.partition(": benchmark ")
                 if is_progress:
-                    status.update(f"{model.path.name}: {one_line(step)}")
+                    status.update(f"{name}: {escape(one_line(step))}")
 
             finished = run_tool(_TOOL, arguments, output.append, on_stderr)
         if finished.exit_code:
-            raise TritError(f"{model.path}: {_TOOL}: {finished.reason}")
+            # The program swallows llama.cpp's own reason for not loading a file.
+            reason = refusal(model.path) if _NOT_LOADED in finished.reason else None
+            raise TritError(f"{model.path}: {_TOOL}: {reason or finished.reason}")
         return _benchmark(model, "".join(output))
 
     def as_table(self, benchmarks: Iterable[Benchmark]) -> Table:

@@ -279,5 +279,5 @@ def _print_whole(table: Table) -> None:
     console = out
     if not out.is_terminal:
         width = Measurement.get(out, out.options.update(max_width=1000), table).maximum
-        console = Console(highlight=False, width=max(width, out.width))
+        console = Console(highlight=False, emoji=False, width=max(width, out.width))
     console.print(table)

@@ -13,16 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.filesize import decimal as human_size
+from rich.markup import escape
 
 from tritconv.console import err, note
 from tritconv.errors import TritError
-from tritconv.model_file import ModelFile, read_model_file
+from tritconv.model_file import ModelFile
 from tritrun import machine, variants
 from tritrun.bench import BenchRun
 from tritrun.compare_plan import Plan
 from tritrun.comparison import Comparison, Conditions, Row, contents
-from tritrun.files import check_writable, sha256
+from tritrun.files import check_writable, sha256_of_all
 from tritrun.kept import Kept, Key
+from tritrun.models import paths_of, read_text_model
 from tritrun.naming import clean_name, labels_of, split_label
 from tritrun.peers import check_recipes, make_imatrix, quantize
 from tritrun.perplexity import Measurement, Run
@@ -68,7 +70,7 @@ class _Compare:
         self._plan = plan
         self._kept = Kept(work)
         self._run = Run(plan.text, plan.ctx, plan.chunks, plan.threads)
-        self._base = read_model_file(plan.base)
+        self._base = read_text_model(plan.base)
         self._base_label, self._models = _named(self._base, plan)
         self._check()
         self._programs = {"libraries": fingerprint(), "cpu": variants.in_use()}
@@ -82,7 +84,7 @@ class _Compare:
             label: Row(
                 label=label,
                 file=clean_name(file.path.name),
-                sha256=self._digest(file.path),
+                sha256=self._digest_of(file),
                 n_bytes=file.size,
                 contents=contents(file),
                 perplexity=measurements[label].perplexity,
@@ -126,7 +128,7 @@ class _Compare:
         encoders = fingerprint("libggml-base*")  # what changes in the kernels does not change a file
         imatrix = self._imatrix(encoders)
         about = {
-            "base": self._digest(self._base.path),
+            "base": self._digest_of(self._base),
             "imatrix": self._digest(imatrix) if imatrix else None,
             "encoders": encoders,
         }
@@ -137,7 +139,7 @@ class _Compare:
                 options = ["--imatrix", str(imatrix)] if imatrix else []
                 quantize(self._base.path, recipe, path, plan.threads, options)
                 note(f"{recipe}: made by llama-quantize, {human_size(path.stat().st_size)}")
-            peers[recipe] = read_model_file(path)
+            peers[recipe] = read_text_model(path)
         return peers
 
     def _imatrix(self, encoders: str) -> Path | None:
@@ -145,7 +147,7 @@ class _Compare:
         if plan.calibrate is None:
             return plan.imatrix
         key = {
-            "base": self._digest(self._base.path),
+            "base": self._digest_of(self._base),
             "text": self._digest(plan.calibrate),
             "chunks": plan.calibrate_chunks,
             "encoders": encoders,
@@ -159,14 +161,14 @@ class _Compare:
     def _measure(self, files: Mapping[str, ModelFile]) -> dict[str, Measurement]:
         """Perplexity of each file, the base's first, and the divergence of the others from it."""
         about = self._programs | {
-            "base": self._digest(self._base.path),
+            "base": self._digest_of(self._base),
             "text": self._digest(self._plan.text),
             "ctx": self._plan.ctx,
             "chunks": self._plan.chunks,
         }
         logits = self._kept.path("logits", about)
         keys = {
-            label: about | {"model": self._digest(file.path), "is_base": label == self._base_label}
+            label: about | {"model": self._digest_of(file), "is_base": label == self._base_label}
             for label, file in files.items()
         }
         kept = {label: self._kept.load("quality", key) for label, key in keys.items()}
@@ -191,7 +193,7 @@ class _Compare:
         plan = self._plan
         if plan.speed is None:
             return {}
-        digests = {label: self._digest(file.path) for label, file in files.items() if not contents(file).stand_in}
+        digests = {label: self._digest_of(file) for label, file in files.items() if not contents(file).stand_in}
         by_digest = {digest: files[label] for label, digest in digests.items()}
         key: Key = self._programs | {
             "prompt_tokens": plan.speed.prompt_tokens,
@@ -231,10 +233,13 @@ class _Compare:
             },
         )
 
-    def _digest(self, path: Path) -> str:
+    def _digest_of(self, model: ModelFile) -> str:
+        return self._digest(model.path, paths_of(model))
+
+    def _digest(self, path: Path, parts: Sequence[Path] = ()) -> str:
         if path not in self._digests:
-            with err.status(f"reading {clean_name(path.name)}"):
-                self._digests[path] = sha256(path)
+            with err.status(f"reading {escape(clean_name(path.name))}"):
+                self._digests[path] = sha256_of_all(parts or [path])
         return self._digests[path]
 
 
@@ -245,7 +250,7 @@ def _named(base: ModelFile, plan: Plan) -> tuple[str, dict[str, ModelFile]]:
         TritError: a file is missing or damaged, or two have the same label.
     """
     given = [split_label(model) for model in plan.models]
-    files = [read_model_file(path) for _, path in given]
+    files = [read_text_model(path) for _, path in given]
     unnamed = [path.name for label, path in given if label is None]
     base_label, *found = labels_of(base.path.name, unnamed)
     short = iter(found)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +26,12 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise TritError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def sha256_of_all(paths: Sequence[Path]) -> str:
+    """Digest of what all files hold, in hex; of one file it is that of `sha256`. Raises TritError as that does."""
+    digests = [sha256(path) for path in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def check_writable(path: Path) -> None:

@@ -1,6 +1,7 @@
 """`tritrun perplexity`: run llama-perplexity, and twice for the KL divergence from a base model."""
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal as human_size
+from rich.markup import escape
 from rich.table import Table
 
-from tritconv.console import note
+from tritconv.console import note, one_line
 from tritconv.errors import TritError
 from tritconv.model_file import ModelFile
-from tritrun.base_logits import append_stamp, check_stamp, logits_bytes, make_stamp
-from tritrun.files import scratch_beside
+from tritrun import variants
+from tritrun.base_logits import Stamp, append_stamp, check_stamp, logits_bytes
+from tritrun.files import scratch_beside, sha256, sha256_of_all
 from tritrun.machine import available_memory
+from tritrun.models import paths_of
 from tritrun.perplexity_log import Estimate, PerplexityLog
-from tritrun.text_tool import OnStart, ignore_start, run_over_text
+from tritrun.text_tool import OnStart, ignore_start, not_finite, run_over_text
+from tritrun.tools import fingerprint
 
 _TOOL = "llama-perplexity"
 _MAX_BATCH = 2048
@@ -59,12 +64,13 @@ class Measurement:
 
     def as_json(self) -> str:
         """All figures, for machines."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def as_table(self) -> Table:
         """All figures, for people."""
-        table = Table("measure", caption=f"{self.text}, {self.chunks} chunks of {self.ctx} tokens")
-        table.add_column(self.model, justify="right")
+        caption = f"{one_line(self.text)}, {self.chunks} chunks of {self.ctx} tokens"
+        table = Table("measure", caption=escape(caption))
+        table.add_column(escape(one_line(self.model)), justify="right")
         table.add_row("perplexity", _with_error(self.perplexity, 4))
         if d := self.divergence:
             table.add_row("perplexity of the base", _with_error(d.base_perplexity, 4))
@@ -111,19 +117,22 @@ class Run:
             TritError: the tool fails.
         """
         log = self._run_tool(model, "--kl-divergence", "--kl-divergence-base", str(logits))
-        return self._result(model, log, log.statistics().get("Mean PPL(Q)"), _divergence(log))
+        return self._result(model, log, log.statistics().get("Mean PPL(Q)"), _divergence(model, log))
 
-    def write_logits(self, base: ModelFile, file: Path) -> Measurement:
-        """Write the base model's logits, whole and with a stamp or not at all; its perplexity comes with them.
+    def write_logits(self, base: ModelFile, file: Path, stamp: Stamp | None = None) -> Measurement:
+        """Write the base model's logits, whole or not at all; its perplexity comes with them.
+
+        Args:
+            stamp: to write with them, where only that tells what they are.
 
         Raises:
             TritError: they do not fit on the disk, or the tool fails.
         """
-        stamp = make_stamp(base, base.vocabulary_size, self.text, self.n_ctx, self.chunks)
         with scratch_beside(file) as folder:
             partial = folder / "base-logits"
             result = self._make_logits(base, partial)
-            append_stamp(partial, stamp)
+            if stamp is not None:
+                append_stamp(partial, stamp)
             partial.replace(file)
         return result
 
@@ -143,6 +152,19 @@ class Run:
         for file in filter(None, (base, model)):
             file.check_memory(self.n_ctx, available_memory())
 
+    def _stamp(self, base: ModelFile | None) -> dict[str, str | int | None]:
+        """What the logits of `base` on the text depend on; None leaves the model open."""
+        stamp: dict[str, str | int | None] = {
+            "text_sha256": sha256(self.text),
+            "ctx": self.n_ctx,
+            "chunks": self.chunks,
+            "llama.cpp": fingerprint(),
+            "cpu": variants.in_use(),
+        }
+        if base is not None:
+            stamp |= {"vocabulary": base.vocabulary_size, "base_sha256": sha256_of_all(paths_of(base))}
+        return stamp
+
     def _result(
         self,
         model: ModelFile,
@@ -150,20 +172,20 @@ class Run:
         found: Estimate | None,
         divergence: Divergence | None = None,
     ) -> Measurement:
-        perplexity = _found(found, log)
+        perplexity = _found(found, model, log)
         return Measurement(model.path.name, self.text.name, self.n_ctx, log.chunks, perplexity, divergence)
 
     @contextmanager
     def _base_logits(self, model: ModelFile, base: ModelFile | None, kept: Path | None) -> Iterator[Path]:
         """The file of the base model's logits: found at `kept`, or made there or in a temporary folder."""
         if kept is not None and kept.exists():
-            check_stamp(kept, make_stamp(base, model.vocabulary_size, self.text, self.n_ctx, self.chunks))
+            check_stamp(kept, {"vocabulary": model.vocabulary_size} | self._stamp(base))
             note(f"base logits: taken from {kept} ({human_size(kept.stat().st_size)})")
             yield kept
             return
         assert base is not None  # measure has seen to it
         if kept is not None:
-            self.write_logits(base, kept)
+            self.write_logits(base, kept, self._stamp(base))
             yield kept
             return
         with tempfile.TemporaryDirectory(prefix=".tritrun-") as folder:
@@ -193,15 +215,16 @@ class Run:
     def _run_tool(self, model: ModelFile, *options: str, on_start: OnStart = ignore_start) -> PerplexityLog:
         batch = min(self.n_ctx, _MAX_BATCH)  # one chunk at a time: no slower beyond 512 tokens, and it moves the bar
         arguments = ["-m", model.path, "-f", self.text, "-c", self.n_ctx, "-b", batch, "-t", self.threads]
+        arguments += ["--check-tensors"]
         arguments += ["--chunks", self.chunks] if self.chunks else []
         return run_over_text(_TOOL, [*map(str, arguments), *options], model.path.name, on_start)
 
 
-def _divergence(log: PerplexityLog) -> Divergence:
+def _divergence(model: ModelFile, log: PerplexityLog) -> Divergence:
     statistics = log.statistics()
 
     def statistic(name: str) -> Estimate:
-        return _found(statistics.get(name), log)
+        return _found(statistics.get(name), model, log)
 
     return Divergence(
         base_perplexity=statistic("Mean PPL(base)"),
@@ -213,10 +236,12 @@ def _divergence(log: PerplexityLog) -> Divergence:
     )
 
 
-def _found(estimate: Estimate | None, log: PerplexityLog) -> Estimate:
+def _found(estimate: Estimate | None, model: ModelFile, log: PerplexityLog) -> Estimate:
     """`estimate`, or the tool's reason for not giving it: it ends with exit code 0 all the same."""
     if estimate is None:
         raise TritError(f"{_TOOL}: {log.first_error or 'no result: too few tokens, raise --chunks or --ctx'}")
+    if not math.isfinite(estimate.value):
+        raise not_finite(model.path.name)
     return estimate
 
 

@@ -1,14 +1,16 @@
 """Read what llama-perplexity prints with --log-jsonl: one JSON object per line, each a piece of its log."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 
+_NUMBER = r"-?(?:\d+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
 _CHUNKS = re.compile(r"over (\d+) chunks")
-_PERPLEXITY_CHUNK = re.compile(r"\[(\d+)\](\S+),")
+_PERPLEXITY_CHUNK = re.compile(rf"\[(\d+)\]({_NUMBER}),")
 _DIVERGENCE_CHUNK = re.compile(r" *(\d+)")
-_FINAL = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
-_STATISTIC = re.compile(r"\s*(\S.*?)\s*:\s+(-?\d+\.?\d*|-?nan|-?inf)\s*%?(?:\s*±\s*(\S+))?")
+_FINAL = re.compile(rf"Final estimate: PPL = ({_NUMBER}) \+/- ({_NUMBER})")
+_STATISTIC = re.compile(rf"\s*(\S.*?)\s*:\s+({_NUMBER})\s*%?(?:\s*±\s*({_NUMBER}))?")
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,15 @@ class PerplexityLog:
     def perplexity(self) -> Estimate | None:
         """The final estimate, None if the run did not get there."""
         final = _FINAL.search(self._text)
-        return Estimate(float(final[1]), float(final[2])) if final else None
+        return _estimate(final[1], final[2]) if final else None
 
     def statistics(self) -> dict[str, Estimate]:
         """The labelled lines of a --kl-divergence run: `Mean KLD`, `99.9% KLD`, `Same top p` (percent), .."""
         found = (_STATISTIC.match(line) for line in self._text.splitlines())
-        return {
-            " ".join(line[1].split()): Estimate(float(line[2]), float(line[3]) if line[3] else None)
-            for line in found
-            if line
-        }
+        return {" ".join(line[1].split()): _estimate(line[2], line[3]) for line in found if line}
+
+
+def _estimate(value: str, error: str | None) -> Estimate:
+    """An estimate as printed. An error that is no number says nothing: there were too few tokens for one."""
+    spread = float(error) if error else math.nan
+    return Estimate(float(value), spread if math.isfinite(spread) else None)
