@@ -151,13 +151,6 @@ def test_kept_logits_are_checked(tiny_model: Path, poor_copy: Path, text: Path, 
 
 _SAME: Stamp = {"text_sha256": "1" * 64, "ctx": 64, "chunks": 8}
 STAMP: Stamp = {**_SAME, "llama.cpp": "2" * 64, "cpu": "x64", "base_sha256": "3" * 64}
-    "text_sha256": "1" * 64,
-    "ctx": 64,
-    "chunks": 8,
-    "llama.cpp": "2" * 64,
-    "cpu": "x64",
-    "base_sha256": "3" * 64,
-}
 
 
 @pytest.mark.parametrize("changed", STAMP)
