@@ -165,11 +165,10 @@ class ChatTemplate:
 
     def _finds(self, role: Role, roles: list[Role]) -> bool:
         """Try the forms for `role` until the template shows it in a chat of `roles`."""
-        usual = self._forms["user"]
-        for self._forms[role] in (usual, *(form for form in _FORMS if form is not usual)):
+        for self._forms[role] in _FORMS:
             if self._problem(roles, role) is None:
                 return True
-        self._forms[role] = usual
+        self._forms[role] = self._forms["user"]
         return False
 
     def _problem(self, roles: Sequence[Role], shown: Role) -> str | None:
