@@ -104,9 +104,9 @@ def _run(program: object, *arguments: object) -> None:
     """Run a script or a module of this repository, or a program; its output goes to the terminal."""
     command = [str(argument) for argument in (program, *arguments)]
     if command[0].endswith(".py"):
-        command[0] = str(ROOT / command[0])
-    if command[0].endswith(".py") or command[0] == "-m":
-        command.insert(0, sys.executable)
+        command[:1] = [sys.executable, str(ROOT / command[0])]
+    elif command[0] == "-m":
+        command[:0] = [sys.executable, "-I"]
     print("+", *command, file=sys.stderr, flush=True)
     status = subprocess.run(command, check=False).returncode
     if status:

@@ -33,7 +33,7 @@ def sha256(file: BinaryIO) -> str:
 
 def download(package: str, folder: Path) -> Path:
     """Download one wheel with pip, by the user's configuration, into an empty folder."""
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
+    pip = [sys.executable, "-I", "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
     done = subprocess.run(
         [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), package],
         stdin=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import make_bpe_tokenizer, tritconv
 
+from fetch import FetchError, download
 from tritconv.calibration.documents import Document
 from tritconv.calibration.model import _fast_precision
 from tritconv.calibration.pretrained import load
@@ -226,7 +227,7 @@ def test_pickles_that_run_something(checkpoint: Path, marker: Path, tmp_path: Pa
 
 _HOSTILE = (
     "torch numpy gguf json typer rich transformers tokenizers safetensors huggingface_hub llama_cpp conversion jinja2 "
-    "sentencepiece sitecustomize usercustomize tritconv_hostile yaml tqdm accelerate kernels sympy typing_extensions"
+    "sentencepiece sitecustomize usercustomize yaml tqdm accelerate kernels sympy typing_extensions pip"
 )
 
 
@@ -285,6 +286,16 @@ def test_modules_in_the_current_folder_of_other_commands(
     whole = [*map(str, command), str(tiny_model)]
     done = subprocess.run(whole, cwd=hostile, input="hi\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert not marker.exists()
+
+
+def test_modules_in_the_current_folder_of_pip(
+    hostile: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hostile)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(FetchError, match="No matching distribution"):
+        download("nonesuch", tmp_path)
     assert not marker.exists()
 
 

@@ -93,7 +93,7 @@ def fetch(folder: Path, python: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as fresh:
             requirement = f"{PACKAGE}=={VERSION}"
-            pip = [str(python), "-m", "pip", "download", "--disable-pip-version-check"]
+            pip = [str(python), "-I", "-m", "pip", "download", "--disable-pip-version-check"]
             try:
                 run([*pip, "--no-deps", "--no-binary", PACKAGE, "--dest", fresh, requirement])
             except BuildError as error:

@@ -78,14 +78,14 @@ class Wheels:
         return True
 
     def _packages(self) -> Path:
-        in_venv, packages = run([self.python, "-c", ENVIRONMENT]).splitlines()
+        in_venv, packages = run([self.python, "-I", "-c", ENVIRONMENT]).splitlines()
         if in_venv != "True":
             raise BuildError(f"{self.python} is in no virtual environment; `make build` makes one")
         return Path(packages)
 
     def _install(self, key: str, libraries: Sequence[Path], tools: Sequence[Path]) -> None:
         bindings = self.stage(key, libraries, tools)
-        pip = [str(self.python), "-m", "pip", "--disable-pip-version-check"]
+        pip = [str(self.python), "-I", "-m", "pip", "--disable-pip-version-check"]
         made = self.folder / "made"
         shutil.rmtree(made, ignore_errors=True)
         # The build requirements are in the environment already: nothing is fetched for an isolated one.
