@@ -234,7 +234,13 @@ class LayeredModel:
 
     def working_copy(self, index: int) -> torch.nn.Module:
         """A copy of a layer in float32, on the device."""
-        return copy.deepcopy(self.layers[index]).float().to(self.device)
+        layer = self.layers[index]
+        stand_in = layer.__dict__.pop("forward", None)  # while the model runs: see `_run_model`
+        try:
+            return copy.deepcopy(layer).float().to(self.device)
+        finally:
+            if stand_in is not None:
+                layer.forward = stand_in
 
     def run(self, index: int, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Put hidden states (sequences, length, width) on the device through a layer that stands at `index`."""
