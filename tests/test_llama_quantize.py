@@ -14,6 +14,7 @@ from gguf import GGUFReader
 from tiny_gguf import write_tiny_model
 
 from tritconv.format import DEPTHS
+from tritconv.methods import search
 
 # Of the files that the unpatched llama-quantize of the same source makes of the same model.
 UNPATCHED = {
@@ -74,6 +75,44 @@ def test_weights_that_the_type_cannot_hold_are_refused(tmp_path: Path) -> None:
     done = llama_quantize(source, target, "TRIT2")
     assert done.returncode == 1
     assert "is not TRIT2 data" in done.stdout + done.stderr
+
+
+def _scale(path: Path, name: str, factors: np.ndarray) -> None:
+    """Multiply a float16 matrix in a file, (rows, n), by factors that broadcast to it."""
+    tensor = next(t for t in GGUFReader(path).tensors if t.name == name)
+    values = (tensor.data.astype(np.float32) * factors).astype(np.float16)
+    with path.open("r+b") as file:
+        file.seek(int(tensor.data_offset))
+        file.write(values.tobytes())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_small_blocks_are_stored(threads: int, tmp_path: Path) -> None:
+    source, target = tmp_path / "f16.gguf", tmp_path / "out.gguf"
+    write_tiny_model(source, hidden=256)
+    factors = np.ones((512, 1), np.float32)
+    factors[::5] = np.ldexp(1.0, -(np.arange(103) % 24))[:, None]
+    factors[7:9] = 0
+    _scale(source, "blk.0.ffn_up.weight", factors)
+    done = llama_quantize(source, target, "TRIT2", threads)
+    assert done.returncode == 0, done.stderr
+    values, blocks = ({t.name: t.data for t in GGUFReader(path).tensors} for path in (source, target))
+    for name in ("blk.0.ffn_up.weight", "blk.1.ffn_up.weight"):
+        assert blocks[name].tobytes() == search.quantize(values[name].astype(np.float32), 2).tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_matrix_that_is_small_as_a_whole_is_refused_by_name(threads: int, tmp_path: Path) -> None:
+    source, target = tmp_path / "f16.gguf", tmp_path / "out.gguf"
+    write_tiny_model(source, hidden=256)
+    _scale(source, "blk.0.attn_v.weight", np.float32(1e-3) * np.ones(1, np.float32))
+    done = llama_quantize(source, target, "TRIT2", threads)
+    assert done.returncode == 1
+    advice = "--tensor-type blk.0.attn_v.weight=q8_0"
+    assert f"the weights of blk.0.attn_v.weight are too small for trit2: give {advice}" in done.stdout + done.stderr
+    assert llama_quantize(*advice.split(), source, target, "TRIT2", threads).returncode == 0
+    types = {t.name: t.tensor_type for t in GGUFReader(target).tensors if "attn_v" in t.name}
+    assert types == {"blk.0.attn_v.weight": Type.Q8_0, "blk.1.attn_v.weight": Type.TRIT2}
 
 
 def test_damaged_blocks_are_refused(f16_gguf: Path, tmp_path: Path) -> None:

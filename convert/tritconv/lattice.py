@@ -11,7 +11,7 @@ import numpy as np
 
 from tritconv.codec import pack, unpack
 from tritconv.errors import RangeError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, GROUP_SIZE, N_SCALES
+from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, GROUP_SIZE, N_GROUPS, N_SCALES
 from tritconv.methods import Quantizer
 from tritconv.methods.scales import blocks_of_rows
 from tritconv.plan import SourceTensor
@@ -293,9 +293,10 @@ def _blocks(lattice: Lattice, depth: int, workers: Workers) -> tuple[np.ndarray,
     """The blocks of a matrix, uint8 (rows, bytes per row), and how far the scales moved."""
 
     def blocks(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        scales = lattice.scales[chunk.place]
-        found = blocks_of_rows(depth, lattice.codes[chunk.place], scales)
-        used = scales > 0
+        scales, codes = lattice.scales[chunk.place], lattice.codes[chunk.place]
+        found = blocks_of_rows(depth, codes, scales)
+        kept = (found.codes == codes.reshape(found.codes.shape)).all(axis=1)  # those below the range are not
+        used = (scales > 0) & kept.repeat(N_GROUPS).reshape(scales.shape)
         off = np.abs(found.group_scales().reshape(scales.shape)[used] / scales[used] - 1)
         return pack(found).reshape(len(scales), -1), off
 
