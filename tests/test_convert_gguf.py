@@ -15,9 +15,9 @@ from tritconv.format import BYTES_PER_BLOCK, DEPTHS
 from tritconv.model_file import read_model_file
 
 
-def _fails(*arguments: object, words: tuple[str, ...]) -> None:
+def _fails(*arguments: object, words: tuple[str, ...], code: int = 1) -> None:
     done = tritconv(*arguments)
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert all(word in line for word in words), line
@@ -66,7 +66,7 @@ def test_refusals(f16_gguf: Path, tmp_path: Path) -> None:
     _fails("gguf-to-gguf", tmp_path / "none.gguf", *common, words=("none.gguf: no such file",))
     _fails("gguf-to-gguf", no_gguf, *common, words=("x.bin: not a GGUF file",))
     _fails("gguf-to-gguf", cut, *common, words=("cut.gguf: truncated",))
-    _fails("gguf-to-gguf", cut.parent / "cut.gguf", "--depth", 7, "-o", out, words=("--depth 7 is out of range",))
+    _fails("gguf-to-gguf", cut, "--depth", 7, "-o", out, words=("--depth 7 is out of range",), code=2)
     same = tmp_path / "same.gguf"
     same.write_bytes(f16_gguf.read_bytes())
     _fails("gguf-to-gguf", same, "--depth", 2, "-o", same, "--force", words=("is the source itself",))

@@ -3,13 +3,15 @@
 import struct
 import time
 import tracemalloc
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGUFReader
 from gguf import GGUFValueType as V
-from tiny_gguf import bare_gguf, entry, list_entry, string, tensor_entry, u32_entry
+from tiny_gguf import bare_gguf, entry, list_entry, string, tensor_entry, u32_entry, write_tiny_model
+from typer.testing import CliRunner
 
 from tritconv.errors import TritError
 from tritconv.model_file import parts_of, raw_values, read_header, read_model_file
@@ -213,6 +215,43 @@ HOSTILE = {
 def test_refused(what: str) -> None:
     content, message = HOSTILE[what]
     assert message in refusal(content)
+
+
+# {bad} is the file, {good} a sound one, {text} a text
+COMMANDS = [
+    ("tritconv", "inspect", "{bad}"),
+    ("tritconv", "inspect", "{bad}", "--tensor", "w"),
+    ("tritconv", "gguf-to-gguf", "{bad}", "--depth", "2"),
+    ("tritconv", "gguf-to-gguf", "{good}", "--depth", "2", "--imatrix", "{bad}"),
+    *(
+        pytest.param(("tritrun", *arguments), marks=pytest.mark.build)
+        for arguments in [
+            ("chat", "{bad}", "--prompt", "x"),
+            ("perplexity", "{bad}", "--file", "{text}"),
+            ("perplexity", "{good}", "--file", "{text}", "--base", "{bad}"),
+            ("bench", "{good}", "{bad}"),
+            ("compare", "--base", "{bad}", "--text", "{text}", "{good}"),
+            ("compare", "--base", "{good}", "--text", "{text}", "{bad}"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_refuses(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = command
+    app = import_module(f"{program}.cli").app
+    monkeypatch.chdir(tmp_path)
+    bad, good, text = Path("bad.gguf"), write_tiny_model(Path("good.gguf")), Path("text.txt")
+    text.write_text("Once upon a time. " * 100)
+    for what in ("dimension 0", "key not UTF-8", "split.count as STRING", "endless strings"):
+        bad.write_bytes(HOSTILE[what][0])
+        done = CliRunner().invoke(app, [argument.format(bad=bad, good=good, text=text) for argument in arguments])
+        assert (done.exit_code, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: bad.gguf: ")
+        assert HOSTILE[what][1] in line
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.gguf", "good.gguf", "text.txt"}
 
 
 ANY_BYTES = bytes(range(256))

@@ -46,6 +46,7 @@ def _file(
 JUDGED_BY_GGML = [qtype for qtype in GGML_QUANT_SIZES if qtype not in (Type.Q8_1, Type.F64)]
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("qtype", JUDGED_BY_GGML, ids=lambda qtype: qtype.name)
 def test_ggml_judges_the_same(qtype: Type, capfd: pytest.CaptureFixture[str]) -> None:
     """Each two bytes of a block set to what is NaN or infinite somewhere, in blocks that are sound otherwise."""
@@ -176,6 +177,7 @@ def test_a_file_that_shrinks_meanwhile_is_a_finding(tmp_path: Path, monkeypatch:
     assert findings(path, 1) == [f"{path}: cannot be read: it has become shorter meanwhile"]
 
 
+@pytest.mark.build
 def test_the_command_goes_on_after_a_bad_file(tmp_path: Path) -> None:
     sound = write_tiny_model(tmp_path / "[b]sound.gguf")
     damaged = tmp_path / "damaged\x1b[2J.gguf"
@@ -191,6 +193,7 @@ def test_the_command_goes_on_after_a_bad_file(tmp_path: Path) -> None:
     assert tritconv("verify").returncode == 2
 
 
+@pytest.mark.build
 def test_what_llama_cpp_would_refuse_is_a_finding(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "x.gguf")
     content = path.read_bytes()

@@ -317,6 +317,12 @@ def parts_of(model: ModelFile) -> tuple[ModelFile, ...]:
     return parts
 
 
+def name_of_model(path: Path) -> str:
+    """The name of a GGUF file without its ending, and without the number if it is one part of several."""
+    part = _PART_NAME.fullmatch(path.name)
+    return part["stem"] if part else path.name.removesuffix(".gguf")
+
+
 def raw_values(model: ModelFile) -> Iterator[tuple[str, Field, Any]]:
     """The metadata as they lie in the file, key by key, with nothing left out or replaced.
 

@@ -1,5 +1,6 @@
 """Threads that take a tensor apart by rows."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from tritconv.format import BLOCK_SIZE
 _CHUNK_WEIGHTS = 1 << 18  # per task: large enough for vector code, small enough for the memory and an even end
 
 T = TypeVar("T")
+
+
+def all_cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
