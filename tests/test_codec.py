@@ -15,7 +15,7 @@ from strategies import blocks
 
 from tritconv.codec import Blocks, invalid_blocks, pack, unpack, validate
 from tritconv.errors import TritError
-from tritconv.format import BYTES_PER_BLOCK, DEPTHS, WORDS_PER_BLOCK
+from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, WORDS_PER_BLOCK
 
 
 @given(blocks())
@@ -45,6 +45,17 @@ def test_any_words_are_judged_and_read_as_in_c(depth: int, random: Random, n: in
         valid = False
     assert ggml.validate(depth, data) == valid
     assert ggml.dequantize(depth, data).tobytes() == unpack(depth, data).decode().tobytes()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_word_is_read_as_in_c_and_stays_within_bounds(depth: int) -> None:
+    """In each place of a block, valid or not."""
+    words = np.arange(65536)[:, None] + 1009 * np.arange(WORDS_PER_BLOCK[depth])
+    data = words.astype("<u2").view(np.uint8)
+    got = unpack(depth, data)
+    assert got.scales.max() == 26
+    assert (got.codes.min(), got.codes.max()) == (-CODE_MAX[depth], CODE_MAX[depth])
+    assert ggml.dequantize(depth, data).tobytes() == got.decode().tobytes()
 
 
 def test_every_word_value() -> None:

@@ -20,7 +20,7 @@
 #define MAX_COLS   17
 #define MAX_BLOCKS 40
 #define MAX_PRINTED 20
-#define N_WORDS    59049 // valid words: 3^10
+#define N_WORDS    65536 // valid ones, 3^10, and all others
 
 // what the kernels need from the rest of ggml
 float ggml_table_f32_f16[1 << 16];
@@ -92,7 +92,7 @@ enum kind {
     RANDOM,
     EXTREME,     // only the greatest codes, activations and ratios of either sign, and the ends of the scale indexes
     ADVERSARIAL, // all products of a row have the same sign: the greatest sums there are
-    EVERY_WORD,  // words in turn, a different one in each place
+    EVERY_WORD,  // words in turn, invalid ones too, a different one in each place
     N_KINDS,
 };
 
@@ -160,8 +160,7 @@ static struct problem make_problem(enum kind kind, int depth, int n_rows, int n_
         for (int ib = 0; ib < n_blocks; ++ib, words += n_words) {
             if (kind == EVERY_WORD) {
                 for (int l = 0; l < n_words; ++l) {
-                    const uint64_t v = (next_word + 1009*l)%N_WORDS;
-                    words[l] = (v*65536 + N_WORDS - 1)/N_WORDS;
+                    words[l] = (uint16_t) (next_word + 1009*l);
                 }
                 ++next_word;
                 ggml_trit_unpack(depth, words, &blocks[r][ib]);
