@@ -53,7 +53,7 @@ def test_every_word_is_read_as_in_c_and_stays_within_bounds(depth: int) -> None:
     words = np.arange(65536)[:, None] + 1009 * np.arange(WORDS_PER_BLOCK[depth])
     data = words.astype("<u2").view(np.uint8)
     got = unpack(depth, data)
-    assert got.scales.max() == 26
+    assert got.scales.max() <= 26
     assert (got.codes.min(), got.codes.max()) == (-CODE_MAX[depth], CODE_MAX[depth])
     assert ggml.dequantize(depth, data).tobytes() == got.decode().tobytes()
 
