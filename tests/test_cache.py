@@ -11,18 +11,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pydoc_data import topics
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
-from tritconv import cache, sizes
+from tritconv import cache, calibrate, convert, sizes
+from tritconv.allocate import CANDIDATES
 from tritconv.calibration.inputs import Inputs, Machinery, digest_of_tokens
+from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.reach import Reach
 from tritconv.calibration.store import LayerStore
 from tritconv.cli import app
 from tritconv.errors import TritError
+from tritconv.hf import open_checkpoint
+from tritconv.plan import TypePlan
 
 MACHINERY = Machinery("float32", "cpu AVX2", 2, (("torch", "2.6"),), "encoder", "sources")
 INPUTS = Inputs("layers", "model", "tokens", 0, MACHINERY)
@@ -276,3 +284,124 @@ def test_what_is_no_size(text: str) -> None:
 )
 def test_sizes_for_people(n_bytes: float, text: str) -> None:
     assert sizes.show(n_bytes) == text
+
+
+class _Reached(Exception):
+    """The calibration has come to the result in question."""
+
+
+class _NoEntry:
+    def check_space(self, n_bytes: int) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> tuple[LayeredModel, Any, Reach]:
+    """The tiny Llama as both sides of a calibration have it, and how they belong together."""
+    mapped = open_checkpoint(checkpoint, 2)
+    values = {tensor.name: tensor.load() for tensor in mapped.tensors}
+    tensors = [dataclasses.replace(t, load=lambda name=t.name: values[name]) for t in mapped.tensors]
+    model = LayeredModel(checkpoint)
+    reach = calibrate.find_reach(model, mapped.header.arch, tensors, TypePlan(2, *[GGMLQuantizationType.Q8_0] * 3))
+    return model, (mapped.header, tensors), reach
+
+
+@pytest.fixture
+def keys_of(
+    loaded: tuple[LayeredModel, Any, Reach], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Any]:
+    """The keys of all results that a command line leads to, by kind."""
+    found: dict[str, str] = {}
+    model, (header, tensors), reach = loaded
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(topics.topics.values())[:200_000], encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text.read_text(encoding="utf-8")[50_000:], encoding="utf-8")
+
+    class Store:
+        entry = _NoEntry()
+
+        def __init__(self, inputs: Inputs, name: str) -> None:
+            found[inputs.kind] = inputs.key()
+
+    def losses(_: object, maps: Any, *rest: object) -> Any:
+        return {name: dict(zip(CANDIDATES, (9.0, 3.0, 1.0, 0.1), strict=True)) for name in maps}
+
+    def stop(*arguments: object) -> Any:
+        raise _Reached
+
+    def quantize(quantizer: Any, *arguments: object) -> None:
+        if not quantizer._keep_offsets:
+            raise _Reached
+
+    monkeypatch.setattr(calibrate, "LayerStore", Store)
+    monkeypatch.setattr(calibrate, "LayeredModel", lambda *_: model)
+    monkeypatch.setattr(calibrate, "find_reach", lambda *_: reach)
+    monkeypatch.setattr(calibrate.own_text, "write", lambda _, tokens, count, *rest: tokens[:1].repeat(count, 1))
+    monkeypatch.setattr(calibrate.sensitivity, "measure", losses)
+    monkeypatch.setattr(calibrate.LayerQuantizer, "run", quantize)
+    monkeypatch.setattr(calibrate, "_tune", stop)
+
+    def to_gguf(source: str, revision: str | None, job: convert.Job, pre: str | None = None) -> None:
+        output = SimpleNamespace(target=tmp_path / "out.gguf", check_space=lambda n: None)
+        convert._convert(lambda: (header, tensors), calibrate.Origin(checkpoint), "tiny", output, job)
+
+    monkeypatch.setattr(convert, "hf_to_gguf", to_gguf)
+    monkeypatch.setattr(convert, "_check_outline", lambda *_: None)
+
+    def keys(*options: object) -> dict[str, str]:
+        found.clear()
+        defaults = [] if "--bpw" in options or "--target-size" in options else ["--depth", 2]
+        calibration = ["--calib-tokens", 1024, "--calib-seq", 64, "--calibrate", text]
+        command = ["hf-to-gguf", str(checkpoint), *defaults, *calibration, *options]
+        run = CliRunner().invoke(app, [str(part) for part in command], env={"TRIT_TRACEBACK": "1"})
+        assert isinstance(run.exception, _Reached), run.output + run.stderr
+        return dict(found)
+
+    threads = torch.get_num_threads()
+    yield keys
+    torch.set_num_threads(threads)
+
+
+def test_each_option_that_changes_a_result_changes_its_key(keys_of: Any, tmp_path: Path) -> None:
+    plain = keys_of()
+    assert plain.keys() == {"layers"}
+    assert keys_of() == plain
+    for options in (
+        ["--depth", 3],
+        ["--calib-tokens", 2048],
+        ["--calib-seq", 128],
+        ["--calib-own", 256],
+        ["--seed", 1],
+        ["--tensor-depth", "attn_k=3"],
+        ["--calibrate", tmp_path / "other.txt"],
+        ["--threads", torch.get_num_threads() + 1],
+    ):
+        assert keys_of(*options)["layers"] != plain["layers"], options
+    keys_of("--threads", torch.get_num_threads() - 1)
+    for options in (
+        ["-o", tmp_path / "elsewhere.gguf"],
+        ["--force"],
+        ["--embed-type", "f16"],
+        ["--output-type", "f16"],
+        ["--fallback-type", "f16"],
+        ["--method", "gptq"],
+    ):
+        assert keys_of(*options) == plain, options
+
+
+def test_each_option_of_the_training_changes_its_key(keys_of: Any) -> None:
+    plain = keys_of("--method", "tune")
+    assert plain.keys() == {"layers", "tune"}
+    for options in (["--epochs", 3], ["--seed", 1], ["--depth", 3], ["--calib-tokens", 2048], ["--calib-own", 256]):
+        assert keys_of("--method", "tune", *options)["tune"] != plain["tune"], options
+    assert keys_of("--method", "tune", "--epochs", 3)["layers"] == plain["layers"]
+    assert keys_of("--method", "tune", "--force") == plain
+
+
+def test_a_size_changes_the_keys_of_the_layers_alone(keys_of: Any) -> None:
+    small, large = keys_of("--bpw", 4), keys_of("--bpw", 5)
+    assert small["sensitivity"] == large["sensitivity"]
+    assert small["layers"] != large["layers"]
+    assert keys_of("--target-size", "660kB")["layers"] != keys_of("--target-size", "720kB")["layers"]
+    assert keys_of("--bpw", 4, "--seed", 1)["sensitivity"] != small["sensitivity"]
+    assert keys_of("--bpw", 4, "--calib-own", 256)["sensitivity"] != small["sensitivity"]

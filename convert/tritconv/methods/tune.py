@@ -9,20 +9,23 @@ Some sequences are held out, from gptq too: of all epochs, the start included, t
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch.nn.functional import kl_div
 
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place
-from tritconv.codec import Blocks
+from tritconv.calibration.store import LayerStore
+from tritconv.codec import Blocks, pack, unpack
 from tritconv.format import BLOCK_SIZE, CODE_MAX, GROUP_SIZE
 
 _HELD_OUT = 16  # one sequence in so many
 _MOST_HELD_OUT = 16  # sequences
 _STEP_TOKENS = 2048
 _LOGITS_TOKENS = 512  # whose predictions are in memory at a time
+_BLOCKS, _NORM, _LOSSES = "blocks:", "norm:", "losses"  # of what is kept; a layer and a name follow the first two
 
 NormPlace = tuple[int, str]  # the number of a layer, and the name of a norm in it
 
@@ -50,10 +53,17 @@ OnEpoch = Callable[[int, float], None]  # epoch (0: before training), KL diverge
 
 @dataclass(frozen=True)
 class Tuned:
-    """Trained layers: the blocks of their matrices, and their norms (float32, as the layer has them)."""
+    """Trained layers.
+
+    Attributes:
+        blocks: of their matrices.
+        norms: float32, as the layer has them.
+        losses: of the start and of each epoch, on what is held out.
+    """
 
     blocks: Mapping[Place, Blocks]
     norms: Mapping[NormPlace, torch.Tensor]
+    losses: Sequence[float] = ()
 
 
 class Latent:
@@ -125,9 +135,9 @@ def tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     generator = torch.Generator().manual_seed(options.seed)
 
-    best_loss = training.evaluate(unseen)
+    losses = [training.evaluate(unseen)]
     best = training.result()
-    on_epoch(0, best_loss)
+    on_epoch(0, losses[0])
     done = 0
     for epoch in range(1, options.epochs + 1):
         for numbers in torch.randperm(len(tokens), generator=generator).split(batch):
@@ -137,11 +147,40 @@ def tune(
             training.update()
             done += 1
             on_step(done, steps)
-        loss = training.evaluate(unseen)
-        on_epoch(epoch, loss)
-        if loss < best_loss:
-            best_loss, best = loss, training.result()
-    return best
+        losses.append(training.evaluate(unseen))
+        on_epoch(epoch, losses[-1])
+        if losses[-1] < min(losses[:-1]):
+            best = training.result()
+    return replace(best, losses=losses)
+
+
+def save_tuned(store: LayerStore, tuned: Tuned) -> None:
+    """Keep a result, all of it as one. Raises TritError."""
+    arrays = {f"{_BLOCKS}{index} {matrix}": pack(blocks) for (index, matrix), blocks in tuned.blocks.items()}
+    arrays |= {f"{_NORM}{index} {name}": values.cpu().numpy() for (index, name), values in tuned.norms.items()}
+    store.save(0, arrays | {_LOSSES: np.array(tuned.losses)})
+
+
+def load_tuned(store: LayerStore, depths: Mapping[Place, int]) -> Tuned | None:
+    """The result that a store has; None if it has none.
+
+    Args:
+        depths: of the matrices that may have been trained.
+    """
+    kept = store.load(0)
+    if kept is None:
+        return None
+    blocks = {
+        place: unpack(depth, kept[name])
+        for place, depth in depths.items()
+        if (name := f"{_BLOCKS}{place[0]} {place[1]}") in kept
+    }
+    norms = {}
+    for key in kept:
+        if key.startswith(_NORM):
+            index, _, name = key.removeprefix(_NORM).partition(" ")
+            norms[int(index), name] = torch.from_numpy(kept[key])
+    return Tuned(blocks, norms, kept[_LOSSES].tolist())
 
 
 def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,7 +261,7 @@ class _Training:
     def update(self) -> None:
         """Give the layers the weights that the latent ones stand for."""
         for place, latent in self._latents.items():
-            self._weights[place].data = latent.weights()
+            self._weights[place].data = place[1].turned(latent.weights())
 
     def find_gradients(self, text: _Text) -> None:
         """Of the KL divergence, the mean over the tokens of sequences, for codes and norms."""
@@ -240,7 +279,7 @@ class _Training:
         for place, latent in self._latents.items():
             gradient = self._weights[place].grad
             assert gradient is not None
-            latent.codes.grad = latent.scaled(gradient)
+            latent.codes.grad = latent.scaled(place[1].turned(gradient).contiguous())
 
     def evaluate(self, text: _Text) -> float:
         """The KL divergence, the mean over the tokens of sequences, in nats."""
