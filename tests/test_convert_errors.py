@@ -31,8 +31,8 @@ def _change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], No
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _fails(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 1, done.stderr
+def _fails(done: subprocess.CompletedProcess[str], *words: str, exit_code: int = 1) -> None:
+    assert done.returncode == exit_code, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     (line,) = done.stderr.splitlines()
@@ -96,7 +96,7 @@ def test_missing_shard(folder: Path, tmp_path: Path) -> None:
 def test_damaged_bin(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"not a zip file")
-    _convert_fails(folder, tmp_path, "llama.cpp's converter failed on LlamaForCausalLM")
+    _convert_fails(folder, tmp_path, "pytorch_model.bin holds more than tensors, or is damaged")
 
 
 def test_unsupported_architecture(folder: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_unsupported_architecture(folder: Path, tmp_path: Path) -> None:
 
 def test_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.model").unlink()
-    _convert_fails(folder, tmp_path, "llama.cpp's converter failed")
+    _convert_fails(folder, tmp_path, "no tokenizer")
 
 
 @pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan"), (float("inf"), "inf")])
@@ -130,7 +130,9 @@ def test_not_finite_norm(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", [0, 5, -1])
 def test_depth_out_of_range(depth: int, checkpoint: Path, tmp_path: Path) -> None:
-    _convert_fails(checkpoint, tmp_path, f"--depth {depth} is out of range", depth=depth)
+    done = tritconv("hf-to-gguf", checkpoint, "--depth", depth, "-o", tmp_path / "x.gguf")
+    _fails(done, f"--depth {depth} is out of range", exit_code=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_usage_errors_exit_with_2(checkpoint: Path) -> None:
@@ -155,14 +157,14 @@ def test_no_output_folder(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_disk_full_is_seen_before(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tritconv import writer
+    from tritconv import output
     from tritconv.convert import Job, hf_to_gguf
     from tritconv.errors import TritError
     from tritconv.gguf_types import TRIT_TYPE
     from tritconv.plan import TypePlan
 
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     q = TRIT_TYPE[2]
     with pytest.raises(TritError, match="no space left"):
         hf_to_gguf(str(checkpoint), None, Job(TypePlan(2, q, q, q), tmp_path / "x.gguf"))

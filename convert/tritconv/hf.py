@@ -12,14 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LazyBase, LazyChunkedTensor, LlamaFileType
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_TENSOR,
+    MODEL_TENSORS,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LazyBase,
+    LazyChunkedTensor,
+    LlamaFileType,
+    quants,
+)
 
+from tritconv.agreement import (
+    check_head,
+    check_layers,
+    check_mapped_layers,
+    check_metadata,
+    check_tokens,
+    fit_tokens,
+)
 from tritconv.console import note
-from tritconv.errors import TritError
+from tritconv.errors import TritError, first_line
 from tritconv.foreign_code import guard
-from tritconv.gguf_types import TRIT_TYPE
+from tritconv.model_config import read_config
 from tritconv.plan import Kind, SourceTensor, kind_of
 from tritconv.tokenizer import TokenizerReading
+from tritconv.upstream import TensorReading, at_work, reading
+from tritconv.weights import read_weights
 
 # The libraries' remarks on the way are for their developers; what matters comes back as an exception.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -55,27 +75,62 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None, pre: str 
         hparams = ModelBase.load_hparams(folder, False)
         architecture = get_model_architecture(hparams, ModelType.TEXT)
     except Exception as error:
-        raise TritError(f"{folder / 'config.json'} names no architecture: {_first_line(error)}") from error
+        raise TritError(f"{folder / 'config.json'} names no architecture: {first_line(error)}") from error
     try:
         upstream = get_model_class(architecture)
     except NotImplementedError as error:
         raise TritError(f"{folder}: llama.cpp's converter does not support {architecture}") from error
 
+    weights = read_weights(folder)
+    # as llama.cpp's converter merges the settings of the language model
+    check_layers(folder, weights, {**hparams, **(hparams.get("text_config") or {})})
     try:
-        model = _mapping(upstream, pre)(folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull), model_name=name)
+        with reading(weights):
+            arguments = (folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull))
+            model = at_work(upstream(*arguments, model_name=name))
+        model.__class__ = _mapping(type(model), pre)
+        model.begin()
         model.prepare_tensors()
-        model.prepare_metadata(vocab_only=False)
+        _check(folder, model)
+        _prepare_metadata(folder, model)
     except TritError:
         raise
     except Exception as error:  # the package raises whatever its many authors chose
-        raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {_first_line(error)}") from error
+        raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {first_line(error)}") from error
     _note_what_is_left_out(hparams)
-    return Checkpoint(model.gguf_writer, list(_source_tensors(model, depth)))
+    tensors = list(_source_tensors(model, depth))
+    if not any(tensor.kind is Kind.MATRIX for tensor in tensors):
+        raise TritError(f"{folder}: llama.cpp's converter made no matrices of the {len(weights)} tensors of its files")
+    return Checkpoint(model.gguf_writer, tensors)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _check(folder: Path, model: Any) -> None:
+    """See that what was mapped is a whole model. Raises TritError."""
+    listed = model.gguf_writer.tensors[0]
+    check_mapped_layers(folder, listed, model.hparams)
+    if "output.weight" not in listed and MODEL_TENSOR.OUTPUT in MODEL_TENSORS[model.model_arch]:
+        check_head(folder, read_config(folder), model.hparams)
+
+
+def _prepare_metadata(folder: Path, model: Any) -> None:
+    """Make the metadata, with as many tokens as the embeddings have rows. Raises TritError."""
+    embeddings = model.sources.get("token_embd.weight")
+    if embeddings is None:
+        raise TritError(f"{folder} has no embeddings of tokens: it is no language model, or incomplete")
+    n_rows = int(embeddings.shape[0])
+    # whatever config.json says: a resized model often keeps the old number
+    for key in ("vocab_size", "padded_vocab_size"):
+        if key in model.hparams:
+            model.hparams[key] = n_rows
+    model._prec_a4 = {}  # hints for blocks that are dequantized here
+    try:
+        model.prepare_metadata(vocab_only=False)
+    except TritError:
+        check_tokens(folder, n_rows, added_too=True)  # the usual reason, which the converter does not name
+        raise
+    check_tokens(folder, n_rows, added_too=False)
+    fit_tokens(folder, model.gguf_writer, n_rows)
+    check_metadata(folder, model.gguf_writer)
 
 
 _OTHER_PARTS = {
@@ -96,45 +151,81 @@ def _note_what_is_left_out(hparams: dict[str, Any]) -> None:
 
 
 def _mapping(upstream: type, pre_tokenizer: str | None) -> type:
-    """A converter class of llama.cpp that remembers the tensors before they are quantized."""
+    """A converter class of llama.cpp with what this package adds to it."""
 
-    class Mapping(TokenizerReading, upstream):
+    class Mapping(TokenizerReading, TensorReading, upstream):
         pre = pre_tokenizer
         model_arch = upstream.model_arch  # type: ignore[attr-defined]
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.sources: dict[str, Any] = {}
-
-        def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterable[tuple[str, Any]]:
-            for new_name, tensor in super().modify_tensors(data_torch, name, bid):
-                self.sources[new_name] = tensor
-                yield new_name, tensor
 
     return Mapping
 
 
 def _source_tensors(model: Any, depth: int) -> Iterable[SourceTensor]:
     listed = model.gguf_writer.tensors[0]
+    factors = _factors(listed)
     for name in list(listed):
         info = listed.pop(name)
         source = model.sources.pop(name, None)
         shape = tuple(int(n) for n in info.shape)
+        is_packed = GGML_QUANT_SIZES[info.dtype][0] > 1
         # llama.cpp's converter takes F16 where the rows do not fit a type's blocks; here the user chooses
-        if source is not None and info.dtype in (TRIT_TYPE[depth], GGMLQuantizationType.F16):
-            yield SourceTensor(name, shape, kind_of(name), _Load(source))
+        if source is not None and (is_packed or info.dtype is GGMLQuantizationType.F16):
+            yield SourceTensor(name, shape, kind_of(name), _Load(name, source))
+        elif is_packed:
+            load = _Dequantize(_Load(name, info.tensor), info.dtype, shape, factors.get(name))
+            yield SourceTensor(name, shape, kind_of(name), load)
         else:
-            yield SourceTensor(name, shape, Kind.KEPT, _Load(info.tensor), kept_type=info.dtype)
+            yield SourceTensor(name, shape, Kind.KEPT, _Load(name, info.tensor), kept_type=info.dtype)
+
+
+def _factors(listed: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The factors of NVFP4 matrices by name, which GGUF has in tensors of their own: taken from the list."""
+    factors = {}
+    for name, info in list(listed.items()):
+        if info.dtype is GGMLQuantizationType.NVFP4:
+            stem = name.removesuffix("weight")
+            listed.pop(f"{stem}input_scale", None)  # of activations
+            if (factor := listed.pop(f"{stem}scale", None)) is not None:
+                factors[name] = np.asarray(factor.tensor)
+    return factors
+
+
+class _Dequantize:
+    """Reads a matrix that comes in blocks of llama.cpp's: float32 of `shape`, times a factor for all or each expert."""
+
+    def __init__(
+        self, load: "_Load", qtype: GGMLQuantizationType, shape: tuple[int, ...], factor: np.ndarray | None
+    ) -> None:
+        self._load = load
+        self._qtype = qtype
+        self._shape = shape
+        self._factor = factor
+
+    def __call__(self) -> np.ndarray:
+        values = quants.dequantize(self._load(), self._qtype).reshape(self._shape)
+        if self._factor is not None:
+            values *= self._factor.reshape(-1, *(1 for _ in self._shape[1:])) if self._factor.size > 1 else self._factor
+        return values
 
 
 class _Load:
     """Reads a lazy tensor, once. Lazy tensors keep what they have read, so it is let go of afterwards."""
 
-    def __init__(self, lazy: Any) -> None:
+    def __init__(self, name: str, lazy: Any) -> None:
+        self._name = name
         self._lazy = lazy
 
     def __call__(self) -> np.ndarray:
         lazy, self._lazy = self._lazy, None
+        try:
+            return self._read(lazy)
+        except (RuntimeError, ValueError, IndexError, AssertionError, OSError) as error:
+            raise TritError(
+                f"tensor {self._name} cannot be made of what the files hold: {first_line(error)}"
+            ) from error
+
+    @staticmethod
+    def _read(lazy: Any) -> np.ndarray:
         if isinstance(lazy, LazyChunkedTensor):
             return np.concatenate([load() for load in lazy._chunks]).reshape(lazy.shape)
         eager = type(lazy).to_eager(lazy) if isinstance(lazy, LazyBase) else lazy

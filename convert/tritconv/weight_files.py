@@ -45,7 +45,7 @@ def no_weights(where: str, names: Iterable[str]) -> str:
             f"{where} holds an adapter, no whole model: merge it into its base model first "
             "(peft's merge_and_unload, then save_pretrained) and convert the result"
         )
-    if any(name.startswith("consolidated.") for name in names):
+    if any(name.startswith("consolidated") for name in names):
         return (
             f"{where} has its weights only as consolidated files, in the layout of the model's authors: "
             "convert a copy in the transformers layout, with model*.safetensors"
