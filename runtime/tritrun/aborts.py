@@ -18,7 +18,7 @@ from tritconv.console import one_line
 
 NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}  # environment with which ggml starts no debugger on itself
 
-_PLACE = re.compile(r"(?:[^:]*[/\\])?(?P<place>[^:/\\]+:\d+: .+)")
+_PLACE = re.compile(r"(?:.*?[/\\])?(?P<place>[^:/\\]+:\d+: .+)")
 _SIGNALS = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV")
 _SET_TERMINATE = "_ZSt13set_terminatePFvvE"  # std::set_terminate(void (*)())
 _CPP_RUNTIMES = ("libstdc++.so.6", "libc++abi.so.1", "/usr/lib/libc++abi.dylib")
