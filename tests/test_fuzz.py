@@ -1,10 +1,12 @@
 """Short runs of the fuzz targets. `make fuzz` runs them longer."""
 
+import ctypes
 import importlib.util
 import subprocess
 from pathlib import Path
 from random import Random
 
+import ggml
 import pytest
 from fuzz.header import check
 from fuzz.run import GGML, build_blocks, commands
@@ -42,6 +44,30 @@ def test_headers_changed_at_random() -> None:
     random = Random(0)
     accepted = [check(_mutated(random)) for _ in range(20_000)]
     assert 1_000 < sum(accepted) < 19_000
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+@pytest.mark.build
+def test_llama_cpp_reads_what_is_accepted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    library = ggml.base()
+    library.gguf_init_from_file.argtypes = (ctypes.c_char_p, _InitParams)
+    library.gguf_init_from_file.restype = ctypes.c_void_p
+    library.gguf_free.argtypes = (ctypes.c_void_p,)
+    random = Random(1)
+    n_read = 0
+    for _ in range(5_000):
+        data = _mutated(random)
+        if check(data):
+            path = tmp_path / "x.gguf"
+            path.write_bytes(data)
+            header = library.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+            assert header, (data, capfd.readouterr().err)
+            library.gguf_free(header)
+            n_read += 1
+    assert n_read > 200
 
 
 def test_the_corpus_has_both_kinds() -> None:

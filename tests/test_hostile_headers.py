@@ -7,12 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf import GGUFValueType as V
 from tiny_gguf import bare_gguf, entry, list_entry, string, tensor_entry, u32_entry, write_tiny_model
 from typer.testing import CliRunner
 
+from tritconv.codec import pack, unpack
 from tritconv.errors import TritError
 from tritconv.model_file import parts_of, raw_values, read_header, read_model_file
 
@@ -252,6 +254,25 @@ def test_every_command_refuses(command: tuple[str, ...], tmp_path: Path, monkeyp
         assert line.startswith("error: bad.gguf: ")
         assert HOSTILE[what][1] in line
     assert {path.name for path in tmp_path.iterdir()} == {"bad.gguf", "good.gguf", "text.txt"}
+
+
+def test_inspect_shows_names_and_values_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = tmp_path / "[b]\x1b[2Jx.gguf"
+    entries = [
+        LLAMA,
+        entry("[red]key", V.STRING, "\x1b]0;title\x07 [link=x]y[/link]\r\n\x9b31mz"),
+        entry("general.name", V.STRING, bytes(range(256))),
+    ]
+    block = pack(unpack(3, np.zeros((1, 42), np.uint8))).tobytes()
+    path.write_bytes(bare_gguf(entries, [tensor_entry("[i]w[/i]", TRIT3, (64,))]) + block)
+    app = import_module("tritconv.cli").app
+    done = [CliRunner().invoke(app, ["inspect", str(path), *more]) for more in ([], ["--tensor", "[i]w[/i]"])]
+    assert [result.exit_code for result in done] == [0, 0], [result.stderr for result in done]
+    assert all(character.isprintable() or character == "\n" for result in done for character in result.stdout)
+    for words in ("[b][2Jx.gguf: metadata", "[red]key", "]0;title [link=x]y[/link] 31mz", "[i]w[/i]"):
+        assert words in done[0].stdout
+    assert "codes of [i]w[/i]" in done[1].stdout
 
 
 ANY_BYTES = bytes(range(256))

@@ -63,12 +63,12 @@ def _blocks(model: ModelFile, tensor: Tensor, depth: int) -> Blocks:
 
 
 def _metadata_table(model: ModelFile) -> Table:
-    table = Table("key", "value", title=f"{escape(model.path.name)}: metadata")
+    table = Table("key", "value", title=f"{escape(without_controls(model.path.name))}: metadata")
     for key, value in model.metadata.items():
         shown = f"({value.length} elements or bytes)" if isinstance(value, Skipped) else without_controls(str(value))
         if len(shown) > _VALUE_WIDTH:
             shown = shown[: _VALUE_WIDTH - 1] + "…"
-        table.add_row(escape(without_controls(key)), escape(" ".join(shown.split())))
+        table.add_row(escape(key), escape(" ".join(shown.split())))
     return table
 
 
@@ -79,7 +79,7 @@ def _tensor_table(model: ModelFile) -> Table:
     for tensor in model.tensors:
         weights = math.prod(tensor.shape)
         table.add_row(
-            escape(without_controls(tensor.name)),
+            escape(tensor.name),
             tensor.type.name,
             " x ".join(str(n) for n in tensor.shape),
             human_size(tensor.n_bytes),
@@ -93,7 +93,7 @@ def _tensor_table(model: ModelFile) -> Table:
 
 def _histogram(title: str, name: str, values: np.ndarray, labels: range) -> Table:
     counts = np.bincount(values, minlength=len(labels))
-    table = Table(name, "share", "", title=escape(without_controls(title)))
+    table = Table(name, "share", "", title=escape(title))
     table.columns[0].justify = table.columns[1].justify = "right"
     for label, count in zip(labels, counts, strict=True):
         bar = "█" * round(_BAR_WIDTH * int(count) / max(1, int(counts.max())))
