@@ -198,19 +198,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def across_name(qtype: str, imatrix: bool) -> str:
+    """What the file of a type across rows is called."""
+    return f"{qtype}{'-imatrix' if imatrix else ''}-across.gguf"
+
+
+def decoded_name(path: Path) -> str:
+    """What the file is called into which a TRIT file is decoded."""
+    return f"{path.stem}-decoded.gguf"
+
+
 def make(options: argparse.Namespace) -> None:
     """Write a file for each type, and for each file to decode. Raises TritError."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TritError(f"--output {options.output}: cannot be made: {error.strerror}") from error
-    suffix = "-imatrix" if options.imatrix else ""
     for name in options.type:
-        target = options.output / f"{name}{suffix}-across.gguf"
+        target = options.output / across_name(name, options.imatrix is not None)
         write_across_rows(options.base, target, TYPES[name], options.imatrix, options.threads)
         out.print(f"{target}", soft_wrap=True)
     for path in options.decode:
-        target = options.output / f"{path.stem}-decoded.gguf"
+        target = options.output / decoded_name(path)
         write_decoded(path, target, options.threads)
         out.print(f"{target}", soft_wrap=True)
 

@@ -2,19 +2,22 @@
 """The quality of the TRIT types beside llama.cpp's, from the model of models/ to the report.
 
 Makes the base without a lattice (dither.py), an importance matrix, files of each method, other types across rows
-(across_rows.py) and as llama-quantize makes them, and runs `tritrun compare` over all. What is there already is not
-made again. Takes about two hours on two cores; --quick uses little text, to see that it works. With --no-noise, only
-what has 3 bits or so: the lattice of the published weights is one that types of 4 and 5 bits hit almost exactly.
+(across_rows.py) and as llama-quantize makes them, and runs `tritrun compare` over all. What the same programs have made
+already from the same files is not made again. Takes about two hours on two cores; --quick uses little text and a folder
+of its own, to see that it works. With --no-noise, only what has 3 bits or so: the lattice of the published weights is
+one that types of 4 and 5 bits hit almost exactly.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from across_rows import across_name, decoded_name
 from command import exit_status
+from made import make
 from programs import BUILD, ROOT
 from tritconv.errors import TritError
 from tritrun.tools import find_tool
@@ -33,59 +36,69 @@ _METHODS = {
 _ACROSS_ROWS = ("Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K")
 _THREE_BITS = ("TRIT2 search", "TRIT2 imatrix", "TRIT2 gptq", "Q3_K", "IQ3_S")
 _DECODED = ("TRIT2 gptq", "TRIT2 tune", "TRIT3 gptq, all text")
+_DITHER, _ACROSS = ROOT / "bench" / "dither.py", ROOT / "bench" / "across_rows.py"
+_SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BASE = {False: "base", True: "plain"}  # by --no-noise, as dither.py calls them
 
 
 def main() -> None:
     """Make what is missing, and compare."""
     options = _options()
-    folder = options.output
+    folder = options.output / "quick" if options.quick else options.output
     folder.mkdir(parents=True, exist_ok=True)
     name = _BASE[options.no_noise]
-    base = folder / f"{name}-F16.gguf"
-    if not base.is_file():
-        _run("bench/dither.py", "-o", folder, *(["--no-noise"] if options.no_noise else []))
-    imatrix = folder / f"{name}-imatrix.gguf"
-    if not imatrix.is_file():
-        chunks = ["--chunks", "2"] if options.quick else []
-        _run(find_tool("llama-imatrix"), "-m", base, "-f", options.calibrate, "-o", imatrix, *chunks)
+    base, checkpoint, imatrix = (folder / f"{name}-{what}" for what in ("F16.gguf", "hf", "imatrix.gguf"))
+    noise = ["--no-noise"] if options.no_noise else []
+    make([base, checkpoint / "model.safetensors"], [_DITHER, "-o", folder, *noise], [_SOURCE], _run)
+    chunks = ["--chunks", 2] if options.quick else []
+    importance = [find_tool("llama-imatrix"), "-m", base, "-f", options.calibrate, "-o", imatrix, *chunks]
+    make([imatrix], importance, [base, options.calibrate], _run)
 
-    targets: dict[str, Path] = {}
     wanted = _THREE_BITS if options.no_noise else (*_METHODS, *_ACROSS_ROWS)
+    files: dict[str, Path] = {}
     for label, arguments in _METHODS.items():
         if label not in wanted:
             continue
-        target = folder / f"{name}-{label.replace(',', '').replace(' ', '-')}.gguf"
-        targets[label] = target
-        if not target.is_file():
-            files = {"imatrix.gguf": imatrix, "text": options.calibrate}
-            extra: list[object] = [files.get(argument, argument) for argument in arguments]
-            if options.quick and "--calibrate" in arguments:
-                extra += ["--calib-tokens", 1024]
-            _run("-m", "tritconv", "hf-to-gguf", folder / f"{name}-hf", "-o", target, *extra)
+        files[label] = folder / f"{name}-{label.replace(',', '').replace(' ', '-')}.gguf"
+        given = {"imatrix.gguf": imatrix, "text": options.calibrate}
+        extra: list[object] = [given.get(argument, argument) for argument in arguments]
+        if options.quick and "--calibrate" in arguments:
+            extra += ["--calib-tokens", 1024]
+        convert = ["-m", "tritconv", "hf-to-gguf", checkpoint, "--force", "-o", files[label], *extra]
+        make([files[label]], convert, [checkpoint, *(path for path in extra if isinstance(path, Path))], _run)
 
-    across = folder / f"{name}-across"
-    types = [part for qtype in _ACROSS_ROWS if qtype in wanted for part in ("--type", qtype)]
-    if not list(across.glob("*")):
-        _run("bench/across_rows.py", "--base", base, "-o", across, *types, "--imatrix", imatrix)
-        _run("bench/across_rows.py", "--base", base, "-o", across, "--type", "Q3_K")
-        decoded = [part for label in _DECODED if label in targets for part in ("--decode", targets[label])]
-        _run("bench/across_rows.py", "-o", across, *decoded)
-    models = [f"{label}={target}" for label, target in targets.items()]
-    for path in sorted(across.glob("*.gguf")):
-        models.append(f"{path.stem.removeprefix(f'{name}-').replace('-', ' ')}={path}")
-
+    models = [*files.values(), *_across(folder / f"{name}-across", base, imatrix, files, wanted)]
+    labels = [*files, *(path.stem.removeprefix(f"{name}-").replace("-", " ") for path in models[len(files) :])]
     report = folder / f"{name}.json"
     _run(
-        *("-m", "tritrun", "compare", "--base", base, "--text", options.text, "--work", folder / f"{name}-work"),
-        *("--chunks", 2 if options.quick else options.chunks),
-        *([] if options.no_noise else ["--recipe", "default", "--imatrix", imatrix]),
-        *("--title", f"SmolLM2-135M-Instruct, {'as published' if options.no_noise else 'lattice removed'}"),
-        *("--json", report, "--html", folder / f"{name}.html", "--svg", folder / f"{name}.svg"),
-        *(["--no-speed"] if options.quick or options.no_speed else []),
-        *models,
+        [
+            *("-m", "tritrun", "compare", "--base", base, "--text", options.text, "--work", folder / f"{name}-work"),
+            *("--chunks", 2 if options.quick else options.chunks),
+            *([] if options.no_noise else ["--recipe", "default", "--imatrix", imatrix]),
+            *("--title", f"SmolLM2-135M-Instruct, {'as published' if options.no_noise else 'lattice removed'}"),
+            *("--json", report, "--html", folder / f"{name}.html", "--svg", folder / f"{name}.svg"),
+            *(["--no-speed"] if options.quick or options.no_speed else []),
+            *(f"{label}={path}" for label, path in zip(labels, models, strict=True)),
+        ]
     )
     print(_markdown(json.loads(report.read_text(encoding="utf-8"))["models"]))
+
+
+def _across(
+    folder: Path, base: Path, imatrix: Path, files: Mapping[str, Path], wanted: Collection[str]
+) -> Iterator[Path]:
+    """Make the files of types across rows, and of ours decoded, in `folder`."""
+    folder.mkdir(exist_ok=True)
+    with_imatrix = [(qtype, [imatrix]) for qtype in _ACROSS_ROWS if qtype in wanted]
+    for qtype, weighted_by in [*with_imatrix, ("Q3_K", [])]:
+        target = folder / across_name(qtype, bool(weighted_by))
+        options = [part for path in weighted_by for part in ("--imatrix", path)]
+        make([target], [_ACROSS, "--base", base, "-o", folder, "--type", qtype, *options], [base, *weighted_by], _run)
+        yield target
+    for source in (files[label] for label in _DECODED if label in files):
+        target = folder / decoded_name(source)
+        make([target], [_ACROSS, "-o", folder, "--decode", source], [source], _run)
+        yield target
 
 
 def _options() -> argparse.Namespace:
@@ -100,17 +113,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(program: object, *arguments: object) -> None:
+def _run(command: Sequence[object]) -> None:
     """Run a script or a module of this repository, or a program; its output goes to the terminal."""
-    command = [str(argument) for argument in (program, *arguments)]
-    if command[0].endswith(".py"):
-        command[:1] = [sys.executable, str(ROOT / command[0])]
-    elif command[0] == "-m":
-        command[:0] = [sys.executable, "-I"]
-    print("+", *command, file=sys.stderr, flush=True)
-    status = subprocess.run(command, check=False).returncode
+    words = [str(word) for word in command]
+    if words[0].endswith(".py") or words[0] == "-m":
+        words.insert(0, sys.executable)
+    print("+", *words, file=sys.stderr, flush=True)
+    status = subprocess.run(words, check=False).returncode
     if status:
-        raise TritError(f"{' '.join(command[:4])} .. failed with exit code {status}")
+        raise TritError(f"{' '.join(words[:4])} .. failed with exit code {status}")
 
 
 def _markdown(rows: Sequence[dict]) -> str:

@@ -1,6 +1,9 @@
-"""bench/dither.py and bench/across_rows.py: the base of the quality comparisons, and types laid across rows."""
+"""bench/: the base of the quality comparisons, types laid across rows, and files that are made once."""
 
 import argparse
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ from tiny_gguf import write_tiny_model
 
 import across_rows
 import dither
+import made
+import quality
 from command import exit_status
 from tritconv import ggml
 from tritconv.errors import TritError
@@ -262,3 +267,122 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     options = across_rows.parse(["--base", str(tmp_path / "none.gguf"), "-o", str(tmp_path), "--type", "Q3_K"])
     assert exit_status(lambda: across_rows.make(options)) == 1
     assert capsys.readouterr().err.strip() == f"error: {tmp_path / 'none.gguf'}: no such file"
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Digests of the programs and of tritconv's code."""
+    digests = {"programs": "a", "sources": "b"}
+    monkeypatch.setattr(made, "fingerprint", lambda: digests["programs"])
+    monkeypatch.setattr(made, "digest_of_sources", lambda: digests["sources"])
+    return digests
+
+
+def test_files_are_made_again_when_anything_that_they_depend_on_changes(
+    tmp_path: Path, programs: dict[str, str]
+) -> None:
+    source, script, target = tmp_path / "source", tmp_path / "script.py", tmp_path / "out" / "target"
+    target.parent.mkdir()
+    source.write_text("one")
+    script.write_text("pass")
+    runs = 0
+
+    def run(command: Sequence[object]) -> None:
+        nonlocal runs
+        runs += 1
+        assert not target.with_name("target.made").exists()
+        target.write_text(source.read_text())
+
+    def is_made(*options: object) -> bool:
+        before = runs
+        made.make([target], [script, source, "-o", target, *options], [source], run)
+        return runs > before
+
+    assert is_made()
+    assert not is_made()
+    for change in (
+        lambda: source.write_text("two"),
+        lambda: script.write_text("pass  # another"),
+        lambda: target.write_text("by somebody else"),
+        lambda: target.unlink(),
+        lambda: target.with_name("target.made").write_text("damaged"),
+        lambda: programs.update(programs="c"),
+        lambda: programs.update(sources="d"),
+    ):
+        change()
+        assert is_made()
+        assert not is_made()
+    assert is_made("--another", "option")
+    source.unlink()
+    with pytest.raises(TritError, match="source is missing"):
+        is_made()
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("programs")
+def test_an_interrupted_comparison_is_completed_and_a_quick_one_shares_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("calibrate.txt", "text.txt", "model.gguf"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(quality, "_SOURCE", tmp_path / "model.gguf")
+    monkeypatch.setattr(quality, "find_tool", Path)
+    monkeypatch.setattr(quality, "_markdown", lambda models: "")
+    commands: list[list[str]] = []
+    left = [5]
+
+    def run(command: Sequence[object]) -> None:
+        words = [str(word) for word in command]
+        commands.append(words)
+        if not left[0]:
+            raise _Interrupted
+        left[0] -= 1
+        out = Path(words[words.index("-o") + 1]) if "-o" in words else None
+        if "compare" in words:
+            Path(words[words.index("--json") + 1]).write_text(json.dumps({"models": []}))
+        elif words[0].endswith("dither.py"):
+            assert out is not None
+            (out / "base-hf").mkdir(exist_ok=True)
+            (out / "base-hf" / "model.safetensors").write_text("weights")
+            (out / "base-F16.gguf").write_text("base")
+        elif words[0].endswith("across_rows.py"):
+            assert out is not None
+            if "--type" in words:
+                qtype = words[words.index("--type") + 1]
+                (out / across_rows.across_name(qtype, "--imatrix" in words)).write_text(qtype)
+            else:
+                (out / across_rows.decoded_name(Path(words[words.index("--decode") + 1]))).write_text("decoded")
+        else:
+            assert out is not None
+            out.write_text(" ".join(words))
+
+    monkeypatch.setattr(quality, "_run", run)
+
+    def compare(*options: str) -> list[list[str]]:
+        commands.clear()
+        texts = ["--calibrate", str(tmp_path / "calibrate.txt"), "--text", str(tmp_path / "text.txt")]
+        monkeypatch.setattr(sys, "argv", ["quality.py", *texts, "-o", str(tmp_path / "out"), *options])
+        quality.main()
+        return list(commands)
+
+    for steps in (5, 6):  # within the methods, and among the types across rows
+        left[0] = steps
+        with pytest.raises(_Interrupted):
+            compare()
+    left[0] = 100
+    whole = compare()[-1]
+    n_models = sum("=" in word for word in whole)
+    assert n_models == len(quality._METHODS) + len(quality._ACROSS_ROWS) + 1 + len(quality._DECODED)
+    assert len({word.partition("=")[0] for word in whole if "=" in word}) == n_models
+    assert [words[2] for words in compare()] == ["compare"]
+    quick = compare("--quick")
+    assert len(quick) == n_models + 3
+    assert all(str(tmp_path / "out" / "quick") in " ".join(words) for words in quick)
+    assert [words[2] for words in compare()] == ["compare"]
+    (tmp_path / "calibrate.txt").write_text("another text")
+    again = [" ".join(words) for words in compare()]
+    assert any("llama-imatrix" in words for words in again)
+    assert not any("dither.py" in words or "search" in words.split("compare")[0] for words in again[:-1])

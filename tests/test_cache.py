@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pydoc_data import topics
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from tritconv.calibration.store import LayerStore
 from tritconv.cli import app
 from tritconv.errors import TritError
 from tritconv.hf import open_checkpoint
+from tritconv.output import Output
 from tritconv.plan import TypePlan
 
 MACHINERY = Machinery("float32", "cpu AVX2", 2, (("torch", "2.6"),), "encoder", "sources")
@@ -300,7 +301,7 @@ def loaded(checkpoint: Path) -> tuple[LayeredModel, Any, Reach]:
     """The tiny Llama as both sides of a calibration have it, and how they belong together."""
     mapped = open_checkpoint(checkpoint, 2)
     values = {tensor.name: tensor.load() for tensor in mapped.tensors}
-    tensors = [dataclasses.replace(t, load=lambda name=t.name: values[name]) for t in mapped.tensors]
+    tensors = [dataclasses.replace(tensor, load=partial(values.__getitem__, tensor.name)) for tensor in mapped.tensors]
     model = LayeredModel(checkpoint)
     reach = calibrate.find_reach(model, mapped.header.arch, tensors, TypePlan(2, *[GGMLQuantizationType.Q8_0] * 3))
     return model, (mapped.header, tensors), reach
@@ -342,7 +343,7 @@ def keys_of(
     monkeypatch.setattr(calibrate, "_tune", stop)
 
     def to_gguf(source: str, revision: str | None, job: convert.Job, pre: str | None = None) -> None:
-        output = SimpleNamespace(target=tmp_path / "out.gguf", check_space=lambda n: None)
+        output = Output(tmp_path / "out.gguf", force=False)
         convert._convert(lambda: (header, tensors), calibrate.Origin(checkpoint), "tiny", output, job)
 
     monkeypatch.setattr(convert, "hf_to_gguf", to_gguf)

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tritconv import calibrate
+from tritconv.calibration.inputs import Inputs
 from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place
+from tritconv.calibration.store import LayerStore
 from tritconv.codec import Blocks, unpack
 from tritconv.format import BYTES_PER_BLOCK
 from tritconv.methods import search
-from tritconv.methods.tune import Latent, Tuned, TuneOptions, hold_out, tune
+from tritconv.methods.tune import Latent, Tuned, TuneOptions, hold_out, load_tuned, save_tuned, tune
 
 DEPTH = 1
 LENGTH = 64
@@ -58,6 +61,7 @@ def train(model: LayeredModel, tokens: torch.Tensor, options: TuneOptions) -> tu
     )
     assert [done for done, _ in steps] == list(range(1, steps[-1][1] + 1))
     assert tuned.norms.keys() == set(norms)
+    assert tuned.losses == losses
     return tuned, start, losses
 
 
@@ -82,6 +86,32 @@ def test_same_seed_same_result(model: LayeredModel, tokens: torch.Tensor) -> Non
     (first, _, _), (second, _, _) = (train(model, tokens[:16], options) for _ in range(2))
     for place, blocks in first.blocks.items():
         assert (blocks.codes == second.blocks[place].codes).all()
+
+
+def test_a_finished_result_is_not_trained_again(
+    model: LayeredModel,
+    tokens: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path))
+    options = TuneOptions(epochs=2, code_rate=0.1)
+    tuned, _, losses = train(model, tokens[:16], options)
+    store = LayerStore(Inputs("tune", "tiny", "", 0, model.machinery), "tiny")
+    depths = dict.fromkeys(tuned.blocks, DEPTH)
+    assert load_tuned(store, depths) is None
+    save_tuned(store, tuned)
+    monkeypatch.setattr(calibrate, "tune", lambda *_: pytest.fail("trained again"))
+    kept = calibrate._tune(model, None, depths, [], (tokens, tokens), options, store)  # type: ignore[arg-type]
+    assert kept.blocks.keys() == tuned.blocks.keys()
+    for place, blocks in tuned.blocks.items():
+        assert (kept.blocks[place].codes == blocks.codes).all()
+        assert (kept.blocks[place].scales == blocks.scales).all()
+    assert kept.norms.keys() == tuned.norms.keys()
+    assert all(torch.equal(kept.norms[place], norm) for place, norm in tuned.norms.items())
+    said = capsys.readouterr().err
+    assert all(f"epoch {number}: KL divergence {loss:.4f}" in said for number, loss in enumerate(losses))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

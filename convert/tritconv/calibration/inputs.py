@@ -65,12 +65,13 @@ class Machinery:
             torch.get_num_threads(),
             tuple((name, version(name)) for name in _LIBRARIES),
             digest_of_files([ggml.library_path()]),
-            _digest_of_sources(),
+            digest_of_sources(),
         )
 
 
 @cache
-def _digest_of_sources() -> str:
+def digest_of_sources() -> str:
+    """SHA-256, in hex, of tritconv's own code."""
     root = Path(__file__).parent.parent
     sources = sorted(root.rglob("*.py"))
     names = "\n".join(str(path.relative_to(root)) for path in sources)
