@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny_gguf import write_tiny_model
+from typer.testing import CliRunner
 
-from tritconv.allocate import Allocation, BitsPerWeight, Budget, FileSize, allocate
+from tritconv.allocate import Allocation, BitsPerWeight, Budget, FileSize, allocate, check
+from tritconv.cli import app
 from tritconv.encode import n_bytes
-from tritconv.errors import TritError
+from tritconv.errors import TritError, UsageError
 from tritconv.plan import SourceTensor, TypePlan, kind_of
 
 PLAN = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
@@ -156,3 +160,62 @@ def test_table_counts_types_by_role() -> None:
     rows = [re.split(r"[^\w.%]+", line)[1:-1] for line in capture.get().splitlines() if "%" in line]
     # 1 + 2, 4 + 1 and 8 in all
     assert rows == [["attn_q", "1", "1", "37.5%"], ["ffn_up", "2", "62.5%"], ["total", "3", "1", "100.0%"]]
+
+
+def test_the_shapes_alone_tell_what_sizes_can_be_had() -> None:
+    for bpw in (3.5, 8.5):
+        check(TENSORS, PLAN, BitsPerWeight(bpw))
+    for bpw in (3.49, 8.51):
+        with pytest.raises(UsageError, match=r"this model can have 3\.50 to 8\.50 bits per weight"):
+            check(TENSORS, PLAN, BitsPerWeight(bpw))
+    odd = [*TENSORS, _tensor("blk.1.ffn_gate.weight", 64, 96)]  # Q8_0: no blocks of 64 in 96
+    with pytest.raises(UsageError, match=r"can have 4\.87 to 8\.50"):
+        check(odd, PLAN, BitsPerWeight(4.5))
+    fixed = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0, {"blk.0.attn_q.weight": Type.TRIT1})
+    with pytest.raises(UsageError, match=r"can have 3\.13 to 6\.87"):
+        check(TENSORS, fixed, BitsPerWeight(7))
+    check(TENSORS, PLAN, FileSize(10_000 + 4 * 1792, 10_000))
+    with pytest.raises(UsageError, match=r"--target-size 1000000\.00 MB is out of range: this model can have"):
+        check(TENSORS, PLAN, FileSize(10**12, 10_000))
+    with pytest.raises(UsageError, match="no matrices to choose types for"):
+        check(TENSORS[:1], PLAN, BitsPerWeight(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--bpw", "nan"], "--bpw nan is out of range: 3.50 to 8.50"),
+        (["--bpw", "inf"], "--bpw inf is out of range"),
+        (["--bpw", "-1"], "--bpw -1 is out of range"),
+        (["--bpw", "0"], "--bpw 0 is out of range"),
+        (["--bpw", "9"], "--bpw 9 is out of range"),
+        (["--bpw", "40", "--tensor-depth", "attn=f32"], "--bpw 40 is out of range: 2.00 to 32.00"),
+        (["--target-size", "120"], "--target-size 120 is 120 bytes, too few for a model: write 120MB"),
+        (["--target-size", "0"], "too few for a model"),
+        (["--target-size", "nan"], "--target-size nan is no size"),
+        (["--target-size", "-5MB"], "--target-size -5MB is no size"),
+        (["--depth", "5"], "--depth 5 is out of range: choose 1 to 4"),
+        (["--depth", "2", "--bpw", "4"], "give one of --depth, --bpw and --target-size"),
+    ],
+)
+def test_numbers_that_are_refused_before_any_work(options: list[str], reason: str) -> None:
+    run = CliRunner().invoke(app, ["hf-to-gguf", "no/such/model", "--calibrate", "nowhere.txt", *options])
+    assert run.exit_code == 2
+    assert reason in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [["--bpw", "8.4"], ["--target-size", "9MB"], ["--target-size", "1TB"]])
+def test_sizes_of_a_model_are_refused_before_it_is_calibrated(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tritconv.convert.calibrate", lambda *_: pytest.fail("calibrated"))
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    source = write_tiny_model(tmp_path / "tiny.gguf")
+    command = ["gguf-to-gguf", source, "--calibrate", text, "--tensor-depth", "ffn=2", "-o", tmp_path / "o.gguf"]
+    run = CliRunner().invoke(app, [str(part) for part in (*command, *options)])
+    assert run.exit_code == 2, run.output
+    assert "is out of range: this model can have" in run.stderr
+    assert not (tmp_path / "o.gguf").exists()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from gguf import GGMLQuantizationType
 
-from tritconv import __version__
+from tritconv import __version__, cache, sizes
 from tritconv.commands import examples, new_app
-from tritconv.console import out
-from tritconv.errors import TritError
+from tritconv.console import out, warning
+from tritconv.errors import UsageError
 from tritconv.format import DEPTHS
 from tritconv.gguf_types import TRIT_TYPE
 from tritconv.plan import TypePlan, TypeRule
@@ -184,18 +184,29 @@ def hf_to_gguf(
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit on the hub.")
     ] = None,
+    pre: Annotated[
+        str | None,
+        typer.Option("--pre", metavar="NAME", help="llama.cpp's name of a BPE pre-tokenizer that it does not detect."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
+    ] = False,
     threads: Threads = None,
     force: Force = False,
 ) -> None:
     """Convert a Hugging Face checkpoint: a local folder, or a model on the hub."""
-    from tritconv import convert, report
+    from tritconv import convert, foreign_code, report
 
-    size = _size(depth, bpw, target_size)
+    size = _size(depth, bpw, target_size, tensor_depth)
     plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size, threads)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
-    out.print(report.conversion_report(convert.hf_to_gguf(source, revision, job)))
+    if trust_remote_code:
+        warning(f"--trust-remote-code: Python code that comes with {source} may do all that you may do")
+    with foreign_code.trusted(trust_remote_code):
+        written = convert.hf_to_gguf(source, revision, job, pre)
+    out.print(report.conversion_report(written))
 
 
 @app.command("gguf-to-gguf", epilog=examples("tritconv gguf-to-gguf model-F16.gguf --depth 2"))
@@ -223,10 +234,10 @@ def gguf_to_gguf(
     """Encode a GGUF file again. The fewer bits the input has, the more its own error shows."""
     from tritconv import convert, report
 
-    size = _size(depth, bpw, target_size)
+    size = _size(depth, bpw, target_size, tensor_depth)
     plan = _plan(depth, embed_type, output_type, fallback_type)
     method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size)
+    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size, threads)
     job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
     out.print(report.conversion_report(convert.gguf_to_gguf(source, job)))
 
@@ -251,6 +262,29 @@ def inspect(
         out.print(table)
 
 
+cache_app = typer.Typer(help="Show or empty the cache of calibrations.", invoke_without_command=True)
+app.add_typer(cache_app, name="cache", epilog=examples("tritconv cache", "tritconv cache clear"))
+
+
+@cache_app.callback()
+def show_cache(context: typer.Context) -> None:
+    """Show what the cache holds: its place, and what was used when."""
+    if context.invoked_subcommand is None:
+        out.print(f"{cache.folder()}, at most {sizes.show(cache.limit())}", markup=False, soft_wrap=True)
+        out.print(cache.table())
+
+
+@cache_app.command("clear")
+def clear_cache() -> None:
+    """Delete all that the cache holds, but for what a process uses now."""
+    cleared = cache.clear()
+    in_use = f"; {cleared.n_in_use} in use stay" if cleared.n_in_use else ""
+    out.print(f"{cleared.n_deleted} deleted, {sizes.show(cleared.n_bytes)}{in_use}")
+
+
+_LEAST_SIZE = 10**5  # bytes of a file: below that, a unit has been forgotten
+
+
 @app.command(epilog=examples("tritconv verify model-TRIT2.gguf", "tritconv verify *.gguf"))
 def verify(
     paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="GGUF files.", show_default=False)],
@@ -261,31 +295,33 @@ def verify(
     Prints a line for each finding, and exits with 1 if there is one. Any part of a split file stands for all.
     """
     from tritconv import verify as verification
-    from tritconv.convert import Job
+    from tritconv.workers import all_cores
 
-    if not verification.verify(paths, threads or Job.threads):
+    if not verification.verify(paths, threads or all_cores()):
         raise typer.Exit(1)
 
 
-def _size(depth: int | None, bpw: float | None, target_size: str | None) -> "Budget | None":
+def _size(
+    depth: int | None, bpw: float | None, target_size: str | None, tensor_depths: list[str] | None
+) -> "Budget | None":
     """The size to reach by mixed depth; None where --depth says it all."""
-    from tritconv.allocate import BitsPerWeight, FileSize
+    from tritconv.allocate import BitsPerWeight, FileSize, bits_range
 
     if sum(option is not None for option in (depth, bpw, target_size)) != 1:
         raise typer.BadParameter("give one of --depth, --bpw and --target-size")
     if bpw is not None:
+        least, most = bits_range(any_type=bool(tensor_depths))
+        if not least <= bpw <= most:  # nor is NaN
+            raise UsageError(f"--bpw {bpw:g} is out of range: {least:.2f} to {most:.2f} bits per weight can be had")
         return BitsPerWeight(bpw)
-    return None if target_size is None else FileSize(_bytes(target_size))
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
-    if found is None or found[2] not in _UNITS:
-        raise typer.BadParameter(f"{text} is no size: write 120MB or 1.5GiB", param_hint="--target-size")
-    return int(float(found[1]) * _UNITS[found[2]])
+    if target_size is None:
+        return None
+    size = sizes.parse(target_size)
+    if size is None:
+        raise UsageError(f"--target-size {target_size} is no size: write 120MB or 1.5GiB")
+    if size < _LEAST_SIZE:
+        raise UsageError(f"--target-size {target_size} is {size} bytes, too few for a model: write 120MB or 1.5GiB")
+    return FileSize(size)
 
 
 _START_DEPTH = 2  # where --bpw or --target-size takes the place of --depth: of matrices that no text reached
@@ -296,20 +332,20 @@ def _plan(
 ) -> TypePlan:
     depth = _START_DEPTH if depth is None else depth
     if depth not in DEPTHS:
-        raise TritError(f"--depth {depth} is out of range: choose {min(DEPTHS)} to {max(DEPTHS)}")
+        raise UsageError(f"--depth {depth} is out of range: choose {min(DEPTHS)} to {max(DEPTHS)}")
     return TypePlan(depth, embed_type.qtype, (output_type or embed_type).qtype, fallback_type.qtype)
 
 
 def _method(method: Method | None, imatrix: Path | None, calibrate: list[Path] | None) -> Method:
     """The method wanted, or the one that goes with what is given."""
     if imatrix and calibrate:
-        raise TritError("--imatrix and --calibrate are two ways to know what matters: leave one of them out")
+        raise UsageError("--imatrix and --calibrate are two ways to know what matters: leave one of them out")
     if method is None:
         return Method.GPTQ if calibrate else Method.IMATRIX if imatrix else Method.SEARCH
     if imatrix and method is not Method.IMATRIX:
-        raise TritError(f"--method {method.value} does not use --imatrix: leave one of them out")
+        raise UsageError(f"--method {method.value} does not use --imatrix: leave one of them out")
     if calibrate and method not in (Method.GPTQ, Method.TUNE):
-        raise TritError(f"--method {method.value} does not use --calibrate: leave one of them out")
+        raise UsageError(f"--method {method.value} does not use --calibrate: leave one of them out")
     return method
 
 
@@ -323,7 +359,7 @@ def _quantizer(method: Method, imatrix: Path | None) -> "Quantizer":
     if method is not Method.IMATRIX:
         return Search()
     if imatrix is None:
-        raise TritError("--method imatrix needs importances: add --imatrix FILE, a file that llama-imatrix makes")
+        raise UsageError("--method imatrix needs importances: add --imatrix FILE, a file that llama-imatrix makes")
     return Imatrix(imatrix)
 
 
@@ -339,23 +375,31 @@ def _calibration(
     epochs: int,
     seed: int,
     size: "Budget | None",
+    threads: int | None,
 ) -> "CalibrationOptions | None":
     if method not in (Method.GPTQ, Method.TUNE):
         if size is not None:
-            raise TritError("--bpw and --target-size need a text to know what matters: add --calibrate FILE")
+            raise UsageError("--bpw and --target-size need a text to know what matters: add --calibrate FILE")
         return None
     if not files:
-        raise TritError(f"--method {method.value} needs a text: add --calibrate FILE")
+        raise UsageError(f"--method {method.value} needs a text: add --calibrate FILE")
     from tritconv.calibrate import CalibrationOptions
+    from tritconv.calibration import documents
     from tritconv.calibration.text import TextOptions
     from tritconv.methods.tune import TuneOptions
 
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise TritError(f"--calibrate {missing}: no such file")
     training = TuneOptions(epochs, seed=seed) if method is Method.TUNE else None
     n_tokens = n_tokens or _CALIB_TOKENS[method]
-    return CalibrationOptions(TextOptions(tuple(files), n_tokens, length, seed), own_tokens, training, size)
+    if n_tokens < length:
+        raise UsageError(
+            f"--calib-tokens {n_tokens} is less than one sequence of {length} tokens: raise it, or lower --calib-seq"
+        )
+    documents.check(files)
+    cache.check()
+    text = TextOptions(
+        documents.read(files, n_tokens), tuple(map(documents.name_of, files)), n_tokens, length, seed
+    )
+    return CalibrationOptions(text, own_tokens, training, size, threads)
 
 
 def _job(
@@ -368,18 +412,19 @@ def _job(
     calibration: "CalibrationOptions | None",
 ) -> "Job":
     from tritconv.convert import Job
+    from tritconv.workers import all_cores
 
     rules = tuple(_rule(text) for text in tensor_depths or ())
     label = calibration.budget.label if calibration and calibration.budget else None
-    return Job(plan, output, force, threads or Job.threads, quantizer, rules, calibration, label)
+    return Job(plan, output, force, threads or all_cores(), quantizer, rules, calibration, label)
 
 
 def _rule(text: str) -> TypeRule:
     pattern, _, name = text.rpartition("=")
     types = {str(depth): qtype for depth, qtype in TRIT_TYPE.items()} | {t.value: t.qtype for t in StorageType}
     if not pattern or name not in types:
-        raise TritError(f"--tensor-depth {text}: not of the form REGEX=D with D one of {', '.join(types)}")
+        raise UsageError(f"--tensor-depth {text}: not of the form REGEX=D with D one of {', '.join(types)}")
     try:
         return TypeRule(re.compile(pattern), types[name])
     except re.error as error:
-        raise TritError(f"--tensor-depth {text}: not a regular expression: {error}") from error
+        raise UsageError(f"--tensor-depth {text}: not a regular expression: {error}") from error

@@ -1,6 +1,5 @@
 """The conversion: a source, a plan, a file, a report."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +17,10 @@ from rich.progress import (
 
 import tritconv
 from tritconv import loads
-from tritconv.allocate import FileSize
+from tritconv.allocate import FileSize, check
 from tritconv.calibrate import CalibrationOptions, Origin, calibrate
 from tritconv.checkpoint import find_checkpoint
-from tritconv.console import err, one_line
+from tritconv.console import err, one_line, quiet
 from tritconv.encode import n_bytes
 from tritconv.errors import TritError
 from tritconv.format import FORMAT_VERSION
@@ -30,9 +29,10 @@ from tritconv.hf import open_checkpoint
 from tritconv.lattice import LatticeImport
 from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
-from tritconv.model_file import read_model_file
+from tritconv.model_file import name_of_model, read_model_file
 from tritconv.output import Output, reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule
+from tritconv.workers import all_cores
 from tritconv.writer import Written, header_bytes, write, write_outline
 
 # How file names end that say their type: model-F16, model.Q4_K_M
@@ -50,7 +50,7 @@ class Job:
     plan: TypePlan
     output_path: Path | None = None
     force: bool = False
-    threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads: int = field(default_factory=all_cores)
     quantizer: Quantizer = field(default_factory=Search)
     rules: tuple[TypeRule, ...] = ()
     calibration: CalibrationOptions | None = None
@@ -61,8 +61,8 @@ class Job:
         return reserve(self.output_path or Path(f"{model}-{self.label or f'TRIT{self.plan.depth}'}.gguf"), self.force)
 
 
-def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
-    """Convert a checkpoint, a local folder or a hub id. Raises TritError."""
+def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = None) -> Written:
+    """Convert a checkpoint, a local folder or a hub id. `pre` as in `open_checkpoint`. Raises TritError."""
     model = source.rstrip("/").rpartition("/")[2]
     if model in ("", ".", ".."):
         model = Path(source).resolve().name
@@ -72,7 +72,9 @@ def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
 
         def read() -> _Source:
             with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
-                checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None)
+                checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None, pre)
+            if from_hub:
+                checkpoint.header.add_string("trit.revision", folder.name)
             return checkpoint.header, checkpoint.tensors
 
         return _convert(read, Origin(folder), source if from_hub else model, output, job)
@@ -81,7 +83,7 @@ def hf_to_gguf(source: str, revision: str | None, job: Job) -> Written:
 def gguf_to_gguf(source: Path, job: Job) -> Written:
     """Convert a GGUF file. Raises TritError."""
     read_model_file(source)  # checks the header before anything trusts it
-    with job.output(_TYPE_SUFFIX.sub("", source.name.removesuffix(".gguf"))) as output:
+    with job.output(_TYPE_SUFFIX.sub("", name_of_model(source))) as output:
         if output.target.exists() and output.target.samefile(source):
             raise TritError(f"{output.target} is the source itself: name another file with -o")
         return _convert(lambda: open_gguf(source), Origin(source.parent, source.name), source.name, output, job)
@@ -93,18 +95,23 @@ _Source = tuple[GGUFWriter, list[SourceTensor]]
 def _convert(read: Callable[[], _Source], origin: Origin, name: str, output: Output, job: Job) -> Written:
     header, tensors = read()
     plan = job.plan.with_rules(job.rules, tensors)
-    _check_outline(header, tensors, plan, name, output)
-    if job.calibration is None:
-        return _write(header, tensors, plan, job.quantizer, name, output, job)
     options = job.calibration
-    if isinstance(options.budget, FileSize):
+    if options is not None and isinstance(options.budget, FileSize):
         rest = header_bytes(header, tensors, plan) + sum(
             options.budget.size(tensor, plan.type_of(tensor)) for tensor in tensors if tensor.kind is not Kind.MATRIX
         )
         options = replace(options, budget=replace(options.budget, rest=rest))
+    if options is not None and options.budget is not None:
+        check(tensors, plan, options.budget)
+    _check_outline(header, tensors, plan, name, output)
+    if options is None:
+        return _write(header, tensors, plan, LatticeImport(job.quantizer), name, output, job)
     calibration = calibrate(origin, header.arch, tensors, plan, options)
-    header, tensors = read()  # tensors are loaded once, and the calibration has done that
+    with quiet():  # the first reading has said all
+        header, tensors = read()  # tensors are loaded once, and the calibration has done that
     header.add_array("trit.calibration", calibration.description)
+    if calibration.quantizer.exceptions:
+        header.add_array("trit.method.exceptions", calibration.quantizer.exceptions)
     return _write(header, calibration.with_norms(tensors), calibration.plan, calibration.quantizer, name, output, job)
 
 
@@ -122,12 +129,11 @@ def _write(
     header: GGUFWriter,
     tensors: list[SourceTensor],
     plan: TypePlan,
-    method: Quantizer,
+    quantizer: Quantizer,
     source: str,
     output: Output,
     job: Job,
 ) -> Written:
-    quantizer = LatticeImport(method)
     depth = plan.depth
     header.add_file_type(LlamaFileType[f"MOSTLY_TRIT{depth}"])
     header.add_quantization_version(GGML_QUANT_VERSION)
@@ -158,7 +164,8 @@ def _write(
         def advance(name: str, count: int) -> None:
             nonlocal done
             done += 1
-            header.kv_data[0]["trit.imported"].value = quantizer.n_imported  # the header is written again at the end
+            if isinstance(quantizer, LatticeImport):  # the header is written again at the end
+                header.kv_data[0]["trit.imported"].value = quantizer.n_imported
             progress.update(task, advance=count, tensor=f"{done}/{len(tensors)} {one_line(name)}")
 
         return write(header, tensors, plan, output, job.threads, advance, quantizer)
