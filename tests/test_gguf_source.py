@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFWriter
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFReader, GGUFWriter
 from gguf import GGUFValueType as V
 from tiny_gguf import bare_gguf, entry, list_entry, tensor_entry, u32_entry, write_tiny_model
 
@@ -225,3 +225,14 @@ def test_damaged_blocks_are_not_read_as_weights(tmp_path: Path) -> None:
     (tensor,) = open_gguf(path)[1]
     with pytest.raises(TritError, match=r"tensor blk\.0\.ffn_up\.weight: block 3 is not TRIT2 data"):
         tensor.load()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("qtype", [Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.IQ4_XS])
+def test_scales_that_are_no_numbers_give_no_warnings(qtype: Type, tmp_path: Path) -> None:
+    """The one line that refuses them comes when the weights are stored."""
+    block, size = GGML_QUANT_SIZES[qtype]
+    path = tmp_path / "x.gguf"
+    table = [tensor_entry("blk.0.ffn_up.weight", qtype, (block, 2))]
+    path.write_bytes(bare_gguf([LLAMA], table) + b"\x00\x7e\x00\x7c" * (size // 2) + bytes(size % 2))
+    assert not np.isfinite(open_gguf(path)[1][0].load()).any()

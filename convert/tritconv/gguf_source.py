@@ -152,7 +152,7 @@ def _is_matrix(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType) -
 
 
 def _float32(tensor: Tensor, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what becomes infinite is refused when it is stored
+    with np.errstate(all="ignore"):  # what becomes infinite is refused when it is stored
         return _values(tensor, stored, shape).astype(np.float32)
 
 
@@ -166,7 +166,8 @@ def _dequantize(path: Path, tensor: Tensor, stored: np.ndarray, shape: tuple[int
             except TritError as error:
                 raise TritError(f"{path}: tensor {tensor.name}: {error}; download or convert it again") from error
         try:
-            return quants.dequantize(_values(tensor, stored, shape), tensor.type).reshape(shape)
+            with np.errstate(all="ignore"):  # what is not finite is refused when it is stored
+                return quants.dequantize(_values(tensor, stored, shape), tensor.type).reshape(shape)
         except NotImplementedError as error:
             raise TritError(
                 f"{path}: tensor {tensor.name} is {tensor.type.name}, which gguf cannot dequantize; "

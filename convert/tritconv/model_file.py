@@ -61,17 +61,28 @@ _SCALARS = {
 _VALUE_TYPES = {int(value_type): value_type for value_type in GGUFValueType}
 _INTEGERS = frozenset(value_type for value_type in _SCALARS if "INT" in value_type.name)
 
-# What the programs take from a header without asking for its type again: a description, types of a value, types of an
-# array's elements.
-_TEXT = ("text", frozenset({_STRING}), frozenset[GGUFValueType]())
-_INTEGER = ("an integer", _INTEGERS, frozenset[GGUFValueType]())
-_FLAG = ("a bool", frozenset({_BOOL}), frozenset[GGUFValueType]())
-_TEXTS = ("a list of texts", frozenset[GGUFValueType](), frozenset({_STRING}))
-_NUMBERS = ("a list of numbers", frozenset[GGUFValueType](), _INTEGERS | {GGUFValueType.FLOAT32})
-_PER_LAYER = ("an integer or a list of integers", _INTEGERS, _INTEGERS)
-_ALIGNMENT = ("a uint32", frozenset({GGUFValueType.UINT32}), frozenset[GGUFValueType]())
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a value has to be: `types` that a single one may have, `elements` that a list may have."""
+
+    name: str
+    types: frozenset[GGUFValueType] = frozenset()
+    elements: frozenset[GGUFValueType] = frozenset()
+
+
+_TEXT = _Kind("text", types=frozenset({_STRING}))
+_INTEGER = _Kind("an integer", types=_INTEGERS)
+_FLAG = _Kind("a bool", types=frozenset({_BOOL}))
+_UINT32 = _Kind("a uint32", types=frozenset({GGUFValueType.UINT32}))
+_TEXTS = _Kind("a list of texts", elements=frozenset({_STRING}))
+_BYTES = _Kind("a list of bytes", elements=frozenset({GGUFValueType.UINT8, GGUFValueType.INT8}))
+_NUMBERS = _Kind("a list of numbers", elements=_INTEGERS | {GGUFValueType.FLOAT32})
+_PER_LAYER = _Kind("an integer or a list of integers", types=_INTEGERS, elements=_INTEGERS)
+
+# What the programs take from a header without asking for its type again.
 _EXPECTED = {
-    "general.alignment": _ALIGNMENT,
+    "general.alignment": _UINT32,
     "general.architecture": _TEXT,
     "general.file_type": _INTEGER,
     "general.name": _TEXT,
@@ -84,6 +95,7 @@ _EXPECTED = {
     "tokenizer.ggml.merges": _TEXTS,
     "tokenizer.ggml.model": _TEXT,
     "tokenizer.ggml.pre": _TEXT,
+    "tokenizer.ggml.precompiled_charsmap": _BYTES,
     "tokenizer.ggml.scores": _NUMBERS,
     "tokenizer.ggml.token_type": _NUMBERS,
     "tokenizer.ggml.tokens": _TEXTS,
@@ -102,8 +114,11 @@ _EXPECTED_OF_ARCHITECTURE = {
     "feed_forward_length": _PER_LAYER,
     "vocab_size": _INTEGER,
 }
-_TOKEN_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
-_ADD_TOKEN = re.compile(r"tokenizer\.ggml\.add_\w+")
+_EXPECTED_LIKE = [
+    (re.compile(r"tokenizer\.ggml\.\w+_token_id"), _INTEGER),
+    (re.compile(r"tokenizer\.ggml\.add_\w+"), _FLAG),
+    (re.compile(r"tokenizer\.chat_template\..*"), _TEXT),
+]
 _ARCHITECTURE = re.compile(r"[!-~]{0,63}")
 
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -468,18 +483,16 @@ class _HeaderReader:
             expected = _EXPECTED.get(key)
             if expected is None and key.startswith(prefix):
                 expected = _EXPECTED_OF_ARCHITECTURE.get(key[len(prefix) :])
-            if expected is None and _TOKEN_ID.fullmatch(key):
-                expected = _INTEGER
-            if expected is None and _ADD_TOKEN.fullmatch(key):
-                expected = _FLAG
+            if expected is None:
+                expected = next((kind for pattern, kind in _EXPECTED_LIKE if pattern.fullmatch(key)), None)
             if expected is None:
                 continue
-            what, types, element_types = expected
-            if field.type not in types and not (field.type is _ARRAY and field.element_type in element_types):
+            is_list = field.type is _ARRAY
+            if not (field.element_type in expected.elements if is_list else field.type in expected.types):
                 found = field.type.name.lower()
                 if field.element_type is not None:
                     found = f"a list of {field.element_type.name.lower()}"
-                raise self._damaged(f"metadata key '{key}' is {found}, not {what}")
+                raise self._damaged(f"metadata key '{key}' is {found}, not {expected.name}")
         if architecture is not None and not (isinstance(architecture, str) and _ARCHITECTURE.fullmatch(architecture)):
             raise self._damaged("general.architecture is not the name of an architecture")
 
