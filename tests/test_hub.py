@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from tritconv.errors import TritError
+from tritconv.foreign_code import trusted
 from tritconv.hub import download
 from tritconv.weight_files import indexed
 
@@ -214,6 +215,18 @@ def test_what_has_no_weights_to_convert(
             download("org/tiny", None)
         assert "\n" not in str(raised.value)
         assert not any("safetensors" in request or "gguf" in request for request in server.requests)
+
+
+def test_code_comes_along_only_where_it_is_trusted(
+    checkpoint: Path, ask: Callable[[hub.Hub], None], tmp_path: Path
+) -> None:
+    folder = _copy(checkpoint, tmp_path / "model")
+    (folder / "tok.py").write_text("")
+    with hub.serve({"org/tiny": folder}) as server:
+        ask(server)
+        assert not (download("org/tiny", None) / "tok.py").exists()
+        with trusted():
+            assert (download("org/tiny", None) / "tok.py").is_file()
 
 
 def test_weights_as_pickles_only(checkpoint: Path, ask: Callable[[hub.Hub], None], tmp_path: Path) -> None:

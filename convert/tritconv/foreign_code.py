@@ -41,6 +41,11 @@ def trusted(yes: bool = True) -> Iterator[None]:
         _trusted = before
 
 
+def is_trusted() -> bool:
+    """Whether checkpoints may run code of theirs now."""
+    return _trusted
+
+
 def refusal_in(error: BaseException | None) -> ForeignCodeError | None:
     """The refusal that led to an error, if one did."""
     while error is not None and not isinstance(error, ForeignCodeError):

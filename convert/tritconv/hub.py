@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from tritconv.errors import TritError, first_line
+from tritconv.foreign_code import is_trusted
 from tritconv.weight_files import INDEXES, indexed, no_weights
 
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
@@ -41,14 +42,15 @@ def download(hub_id: str, revision: str | None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     logging.set_verbosity_error()  # what matters comes back as an exception
+    files = [*_TEXT_FILES, "*.py"] if is_trusted() else _TEXT_FILES
     with _one_line_errors(hub_id, revision):
-        folder = _snapshot(hub_id, revision, _TEXT_FILES)
+        folder = _snapshot(hub_id, revision, files)
         commit = folder.name  # what comes from here on is of this commit, whatever is pushed meanwhile
         for index in INDEXES:
             if (names := indexed(folder / index)) is not None:
-                return _snapshot(hub_id, commit, [*_TEXT_FILES, *map(glob.escape, names)])
+                return _snapshot(hub_id, commit, [*files, *map(glob.escape, names)])
         for pattern in _WEIGHTS_WITHOUT_INDEX:
-            _snapshot(hub_id, commit, [*_TEXT_FILES, pattern])
+            _snapshot(hub_id, commit, [*files, pattern])
             if any(folder.glob(pattern)):
                 return folder
         raise TritError(no_weights(hub_id, HfApi().list_repo_files(hub_id, revision=commit)))
