@@ -51,18 +51,23 @@ def make_checkpoint(folder: Path, architecture: str = "Llama", **changes: Any) -
 
     Args:
         folder: to be made.
-        architecture: one of ARCHITECTURES.
+        architecture: one of ARCHITECTURES, or another that transformers has a configuration and a ForCausalLM of.
         changes: to the configuration.
     """
     import transformers
 
     config_class = getattr(transformers, f"{architecture}Config")
-    config = config_class(**_COMMON | _SPECIFIC[architecture] | changes)
+    config = config_class(**_COMMON | _SPECIFIC.get(architecture, {}) | changes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(torch.float16)
     model.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(_tokenizer())
+    write_sentencepiece(folder)
     return folder
+
+
+def write_sentencepiece(folder: Path) -> None:
+    """Write a small SentencePiece tokenizer."""
+    (folder / "tokenizer.model").write_bytes(_tokenizer())
 
 
 @cache

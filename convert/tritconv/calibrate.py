@@ -132,19 +132,24 @@ class Calibrated:
         self._remarks = list(remarks)
         by_tensor = {
             tensor: ",".join(dict.fromkeys(methods.get(place, name) for place in found.places))
+            if self._has_made(tensor)
+            else search.Search.name
             for tensor, found in rows.maps.items()
-            if all(place in blocks for place in found.places)
         } | {tensor.name: search.Search.name for tensor in missed}
         self.exceptions = [f"{tensor}={method}" for tensor, method in by_tensor.items() if method != name]
 
     def quantize(self, tensor: SourceTensor, values: np.ndarray, depth: int, workers: Workers) -> np.ndarray:
-        rows = self._rows.maps.get(tensor.name)
-        if rows is not None and all(place in self._blocks for place in rows.places):
-            return rows.gather(self._blocks)
+        if self._has_made(tensor.name):
+            return self._rows.maps[tensor.name].gather(self._blocks)
         return search.Search().quantize(tensor, values, depth, workers)
 
     def remarks(self) -> list[str]:
         return self._remarks
+
+    def _has_made(self, tensor: str) -> bool:
+        """Whether there are blocks for all rows of a tensor."""
+        rows = self._rows.maps.get(tensor)
+        return rows is not None and all(place in self._blocks for place in rows.places)
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ def _take_head(model: LayeredModel, tensors: Sequence[SourceTensor]) -> None:
     """Let the model predict with the output matrix that the file will have."""
     for tensor in tensors:
         if tensor.kind is Kind.OUTPUT:
-            model.head_is(torch.from_numpy(tensor.load()))
+            model.head_is(torch.from_numpy(np.require(tensor.load(), requirements="W")))
 
 
 def _fitting(text: TextOptions, model: LayeredModel) -> TextOptions:

@@ -114,17 +114,16 @@ class _Rehearsal:
         return self._used
 
     def _visit(self, index: int, layer: torch.nn.Module, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        found: dict[Matrix, None] = {}  # in the order of their use
+        found: set[Matrix] = set()
         candidates = [turned for matrix in matrices_of(layer) for turned in (matrix, replace(matrix, transposed=True))]
         candidates = [matrix for matrix in candidates if matrix.of(layer).shape[1] % BLOCK_SIZE == 0]
-        with Recorder(layer, candidates, lambda matrix, _: found.setdefault(matrix)):
+        with Recorder(layer, candidates, lambda matrix, _: found.add(matrix)):
             again = self._model.run(index, layer, hidden)
         self._model.check_finite(out, f"layer {index} puts out")
         if not _same(again, out):
             raise self._unknown(f"layer {index}")
         kinds = {(matrix.kind, matrix.transposed) for matrix in found if matrix.is_expert}
-        siblings = [matrix for matrix in candidates if (matrix.kind, matrix.transposed) in kinds]
-        self._used.append(list(dict.fromkeys([*found, *siblings])))
+        self._used.append([m for m in candidates if m in found or (m.kind, m.transposed) in kinds])
         self._out = again.cpu()
 
     def _unknown(self, what: str) -> TritError:

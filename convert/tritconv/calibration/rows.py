@@ -61,7 +61,7 @@ class RowIndex:
             values: float16 or float32. They are rounded to the types of the matrices.
             likely: matrices that the tensor may be made of, to choose between rows that are alike.
         """
-        rows = torch.from_numpy(values.reshape(-1, values.shape[-1]))
+        rows = torch.from_numpy(np.require(values.reshape(-1, values.shape[-1]), requirements=["C", "W"]))
         for (width, dtype), table in self._tables.items():
             if width != values.shape[-1]:
                 continue
@@ -70,13 +70,19 @@ class RowIndex:
             if len(counts) and counts.all():
                 place, row = table.place[first], table.row[first]
                 if (counts > 1).any():
-                    preferred = {self._places.index(one) for one in likely if one in self._places}
+                    taken = set(np.unique(place[counts == 1]).tolist())  # by some matrix of the tensor or other
+                    preferred = self._alike({*likely, *(self._places[i] for i in taken)}) - taken
                     step = values.shape[-2] if values.ndim > 2 else len(rows)
                     for start in range(0, len(rows), step):  # the matrix of an expert
                         part = slice(start, start + step)
                         self._tell_apart(table, digests[part], counts[part] > 1, place[part], row[part], preferred)
                 return self._row_map(place, row)
         return None
+
+    def _alike(self, places: Collection[Place]) -> set[int]:
+        """The numbers of matrices, and of their kind, that is of the other experts."""
+        kinds = {(matrix.kind, matrix.transposed) for _, matrix in places}
+        return {i for i, (_, matrix) in enumerate(self._places) if (matrix.kind, matrix.transposed) in kinds}
 
     def _row_map(self, place: np.ndarray, row: np.ndarray) -> RowMap:
         numbers, first, index = np.unique(place, return_index=True, return_inverse=True)
@@ -100,8 +106,11 @@ class RowIndex:
             digests, open_rows, place, row: (rows,), of the tensor; `place` and `row` stand where `open_rows` is False.
         """
         known = np.flatnonzero(~open_rows)
-        going_on = {number: _continued(known[place[known] == number], row, len(row)) for number in set(place[known])}
-        ranks = dict.fromkeys([*likely, *going_on], 0)
+        going_on = {
+            number: _continued(known[place[known] == number], row, len(self._digests[number]))
+            for number in set(place[known])
+        }
+        ranks = dict.fromkeys(likely, 1) | dict.fromkeys(going_on, 0)
         queues: dict[int, list[tuple[int, int]]] = {}
         before: tuple[int, int] | None = None
         for i in range(len(row)):
@@ -113,7 +122,7 @@ class RowIndex:
                 if found is None or found in self._used:
                     if digest not in queues:
                         rows = table.rows_of(digest)
-                        queues[digest] = sorted(rows, key=lambda one: (ranks.get(one[0], 1), one), reverse=True)
+                        queues[digest] = sorted(rows, key=lambda one: (ranks.get(one[0], 2), one), reverse=True)
                     queue = queues[digest]
                     while len(queue) > 1 and queue[-1] in self._used:
                         queue.pop()
@@ -170,34 +179,40 @@ class _Table:
         return list(zip(self.place[part].tolist(), self.row[part].tolist(), strict=True))
 
 
-def _continued(known: np.ndarray, row: np.ndarray, length: int) -> np.ndarray | None:
+def _continued(known: np.ndarray, row: np.ndarray, n_rows: int) -> np.ndarray | None:
     """The rows of a matrix that a tensor has, if all go on as the known ones do; -1 where they do not say.
 
     Rows come in periods: one row each where the order is kept, those of an attention head where they are permuted.
 
     Args:
         known: the tensor's rows that are known; `row` says which of the matrix they are.
-        length: rows of the tensor.
+        n_rows: of the matrix.
 
     Returns:
-        int64 (length,); None without a period.
+        int64 (rows of the tensor,); None without a period.
     """
+    length = len(row)
     found = np.full(length, -1, dtype=np.int64)
     found[known] = row[known]
+    every = np.arange(length)
     for period in (p for p in range(1, length) if length % p == 0):
         pairs = known[known < length - period]
         pairs = pairs[found[pairs + period] >= 0]
-        steps = found[pairs + period] - found[pairs]
-        if not len(steps) or (steps != steps[0]).any():
-            continue
-        starts = np.full(period, -1, dtype=np.int64)
+        steps = found[pairs + period] - found[pairs] if len(pairs) else np.array([period])
+        told = np.isin(np.arange(period), known % period)  # the others have no known row
+        starts = np.zeros(period, dtype=np.int64)
         starts[known % period] = found[known] - steps[0] * (known // period)
-        if (starts[known % period] + steps[0] * (known // period) != found[known]).any():
-            continue
-        every = np.arange(length)
-        some = starts[every % period]
-        return np.where(np.isin(every % period, known % period), some + steps[0] * (every // period), -1)
+        if not told.all() and period > 1 and (others := _continued(np.flatnonzero(told), starts, n_rows)) is not None:
+            starts, told = others, others >= 0  # within a period the rows go on in another way
+        every_row = np.where(told[every % period], starts[every % period] + steps[0] * (every // period), -1)
+        inside = every_row[(every_row >= 0) & (every_row < n_rows)]
+        if (steps == steps[0]).all() and (every_row[known] == found[known]).all() and _all_differ(inside):
+            return every_row
     return None
+
+
+def _all_differ(values: np.ndarray) -> bool:
+    return len(np.unique(values)) == len(values)
 
 
 def _digests(rows: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,397 @@
+"""What calibration reaches of a model, and that it says so before it works. No compiled llama.cpp is needed."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from checkpoints import VOCABULARY, make_bpe_tokenizer, write_sentencepiece
+from gguf import GGMLQuantizationType, quants
+from safetensors.torch import load_file, save_file
+
+from tritconv import layerwise
+from tritconv.calibrate import Calibration, CalibrationOptions, Origin, calibrate
+from tritconv.calibration import model as model_module
+from tritconv.calibration.documents import Document
+from tritconv.calibration.matrices import Matrix
+from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.reach import Reach, find_reach
+from tritconv.calibration.rows import RowIndex
+from tritconv.calibration.text import TextOptions
+from tritconv.errors import TritError
+from tritconv.gguf_types import TRIT_TYPE
+from tritconv.hf import Checkpoint, open_checkpoint
+from tritconv.methods.tune import TuneOptions
+from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.workers import Workers
+
+N_LAYERS = 2
+PLAN = TypePlan(2, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0)
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_SPECIFIC: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Phi": {},
+    "Phi3": {},
+    "StableLm": {},
+    "Starcoder2": {},
+    "Falcon": {"multi_query": True, "new_decoder_architecture": False, "num_kv_heads": 1},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+    "Llama4": {"num_local_experts": 4, "head_dim": 32, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1},
+    "GPT2": {"tie_word_embeddings": True, "n_ctx": 256},
+    "Gemma3n": {
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 64,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["full_attention"] * N_LAYERS,
+        "activation_sparsity_pattern": [0.0] * N_LAYERS,
+        "head_dim": 32,
+        "laurel_rank": 64,
+    },
+}
+_MODEL = {"GPT2": "GPT2LMHeadModel"}
+_CONFIG = {"Llama4": "Llama4TextConfig", "Gemma3n": "Gemma3nTextConfig"}
+
+
+def make(folder: Path, architecture: str = "Llama", dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
+    """A checkpoint of random weights."""
+    config = getattr(transformers, _CONFIG.get(architecture, f"{architecture}Config"))(
+        **_COMMON | _SPECIFIC[architecture] | changes
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, _MODEL.get(architecture, f"{architecture}ForCausalLM"))(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.08 + (parameter.dim() == 1))
+    model.to(dtype).save_pretrained(folder)
+    if architecture == "Phi3":
+        write_sentencepiece(folder)
+    else:
+        make_bpe_tokenizer(folder)
+    return folder
+
+
+def change(folder: Path, **changes: Any) -> None:
+    """Change the configuration, in place."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@dataclass
+class Traced:
+    """A checkpoint as calibration sees it."""
+
+    model: LayeredModel
+    architecture: str
+    tensors: list[SourceTensor]
+    reach: Reach
+
+
+def opened(folder: Path) -> Checkpoint:
+    """As llama.cpp's converter maps it."""
+    return open_checkpoint(folder, 2, pre="gpt-2" if (folder / "tokenizer.json").is_file() else None)
+
+
+def trace(folder: Path) -> Traced:
+    source = opened(folder)
+    model = LayeredModel(folder)
+    return Traced(
+        model, source.header.arch, source.tensors, find_reach(model, source.header.arch, source.tensors, PLAN)
+    )
+
+
+def check_rows(traced: Traced, folder: Path, rtol: float = 0) -> None:
+    """All rows that were found are those of the tensors."""
+    layers = traced.model.layers
+    tensors = {tensor.name: tensor for tensor in opened(folder).tensors}
+    for name, rows in traced.reach.maps.items():
+        parts = {place: place[1].of(layers[place[0]]).float().numpy() for place in rows.places}
+        values = tensors[name].load().astype(np.float32)
+        np.testing.assert_allclose(rows.gather(parts), values.reshape(-1, values.shape[-1]), rtol=rtol)
+
+
+@pytest.mark.parametrize("architecture", [name for name in _SPECIFIC if name != "Gemma3n"])
+def test_all_matrices_are_reached(architecture: str, tmp_path: Path) -> None:
+    traced = trace(make(tmp_path / "model", architecture))
+    matrices = [tensor.name for tensor in traced.tensors if tensor.kind is Kind.MATRIX]
+    assert set(traced.reach.maps) == set(matrices)
+    assert len(matrices) >= 4 * N_LAYERS
+    check_rows(traced, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"), [(torch.float32, "bfloat16"), (torch.float16, "bfloat16"), (torch.bfloat16, "float32")]
+)
+def test_the_type_of_the_files_counts(stored: torch.dtype, said: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", dtype=stored)
+    change(folder, dtype=said, torch_dtype=said)
+    traced = trace(folder)
+    assert not traced.reach.missed
+    assert next(traced.model.layers[0].parameters()).dtype is stored
+    check_rows(traced, folder)
+
+
+@pytest.mark.parametrize("wide", ["q_proj", "mlp"])
+def test_files_of_several_types(wide: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", dtype=torch.bfloat16)
+    mixed = {
+        name: values.float() * (1 + 2**-12) if wide in name else values for name, values in weights_of(folder).items()
+    }
+    save(folder, mixed)
+    traced = trace(folder)
+    assert not traced.reach.missed
+    check_rows(traced, folder, rtol=2**-8)
+
+
+def zero_some_rows(weights: dict[str, torch.Tensor]) -> None:
+    """Pruned neurons in all matrices, and an attention head; one row twice in a matrix, one in two matrices."""
+    for name, values in weights.items():
+        if values.dim() == 2 and "layers" in name:
+            values[5] = 0
+            values[40:44] = 0
+            values[9] = values[11]
+    attention = "model.layers.1.self_attn."
+    weights[attention + "q_proj.weight"][:32] = 0
+    weights[attention + "v_proj.weight"][3] = weights[attention + "k_proj.weight"][20]
+
+
+def zero_a_layer(weights: dict[str, torch.Tensor]) -> None:
+    """A block as LLaMA-Pro adds them: what goes back into the stream is zero."""
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.1.{name}.weight"].zero_()
+
+
+def repeat_a_layer(weights: dict[str, torch.Tensor]) -> None:
+    for name in list(weights):
+        if ".1." in name:
+            weights[name] = weights[name.replace(".1.", ".0.")].clone()
+
+
+def repeat_a_matrix(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.0.self_attn.v_proj.weight"] = weights["model.layers.0.self_attn.o_proj.weight"].clone()
+
+
+@pytest.mark.parametrize("spoil", [zero_some_rows, zero_a_layer, repeat_a_layer, repeat_a_matrix])
+def test_rows_that_are_alike(spoil: Any, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    plain = trace(folder).reach.maps
+    weights = weights_of(folder)
+    spoil(weights)
+    save(folder, weights)
+    traced = trace(folder)
+    assert not traced.reach.missed
+    for name, rows in traced.reach.maps.items():
+        assert rows.places == plain[name].places, name
+        assert (rows.row == plain[name].row).all(), name
+
+
+def test_experts_that_are_alike(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "GptOss")
+    weights = weights_of(folder)
+    plain = trace(folder).reach.maps
+    for name, values in weights.items():
+        if "experts" in name and values.dim() == 3:
+            values[2] = values[1]
+            values[3] = 0
+            values[0, :, 7] = 0
+    save(folder, weights)
+    for name, rows in trace(folder).reach.maps.items():
+        assert (
+            np.array([rows.places[i][1].expert or 0 for i in rows.place])
+            == np.array([plain[name].places[i][1].expert or 0 for i in plain[name].place])
+        ).all(), name
+        if "exps" in name:
+            n = len(rows.row) // 4
+            assert (rows.row[: 3 * n] == plain[name].row[: 3 * n]).all(), name
+
+
+def test_rows_go_on_as_the_rows_around_them() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((64, 64)).astype(np.float32)
+    other = rng.standard_normal((64, 64)).astype(np.float32)
+    order = np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).ravel()  # as llama.cpp permutes heads
+    weights[[0, 3, 17, 18, 40]] = 0
+    other[[1, 2, 50]] = 0
+    places = [(0, Matrix("a")), (0, Matrix("b"))]
+    index = RowIndex({places[0]: torch.from_numpy(other), places[1]: torch.from_numpy(weights)})
+    found = index.find(weights[order])
+    assert found is not None
+    assert found.places == [places[1]]
+    assert (found.row == order).all()
+
+
+def test_a_head_that_is_missing_is_the_embeddings(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    weights = weights_of(folder)
+    del weights["lm_head.weight"]
+    save(folder, weights)
+    model = LayeredModel(folder)
+    assert torch.equal(model._model.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+def test_a_head_beside_tied_embeddings_is_the_one_of_the_file(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    change(folder, tie_word_embeddings=True)
+    head = weights_of(folder)["lm_head.weight"]
+    model = LayeredModel(folder)
+    model.head_is(head.float())
+    assert torch.equal(model._model.lm_head.weight, head)
+    assert torch.equal(model._model.model.embed_tokens.weight, weights_of(folder)["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_missing_weights_are_an_error(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    weights = weights_of(folder)
+    del weights[name]
+    save(folder, weights)
+    with pytest.raises(TritError, match=f"lacks {name}"):
+        LayeredModel(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"]
+)
+def test_values_that_are_not_finite(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    weights = weights_of(folder)
+    weights[name].view(-1)[7] = torch.nan
+    save(folder, weights)
+    with pytest.raises(TritError, match="NaN or infinite"):
+        trace(folder)
+
+
+def calibrated(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Calibration:
+    """A checkpoint, quantized on a short text."""
+    monkeypatch.setenv("TRITCONV_CACHE", str(cache))
+    source = opened(folder)
+    text = TextOptions([Document(topics.topics["formatstrings"][:4000])], ("text",), 512, 64)
+    return calibrate(Origin(folder), source.header.arch, source.tensors, PLAN, CalibrationOptions(text, **changes))
+
+
+def check_near(calibration: Calibration, folder: Path) -> None:
+    """All matrices come out near what they were: no row stands in another's place."""
+    for tensor in opened(folder).tensors:
+        if tensor.kind is Kind.MATRIX:
+            values = tensor.load().astype(np.float32)
+            with Workers(1) as workers:
+                data = calibration.quantizer.quantize(tensor, values, 2, workers)
+            found = quants.dequantize(data, TRIT_TYPE[2])
+            assert np.corrcoef(found.ravel(), values.ravel())[0, 1] > 0.9, tensor.name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["GPT2", "Phi", "StableLm", "Starcoder2"])
+def test_layer_norms_in_half_precision(
+    architecture: str, precision: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "_fast_precision", lambda _: precision)
+    folder = make(tmp_path / "model", architecture, torch.bfloat16 if precision is torch.float32 else torch.float16)
+    calibration = calibrated(folder, tmp_path / "cache", monkeypatch)
+    assert calibration.quantizer.exceptions == []
+    check_near(calibration, folder)
+
+
+@pytest.mark.parametrize("architecture", ["GptOss", "Llama4"])
+def test_experts_in_one_parameter(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "_LEAST_TOKENS", 32)
+    folder = make(tmp_path / "model", architecture)
+    first = calibrated(folder, tmp_path / "cache", monkeypatch)
+    check_near(first, folder)
+    assert not any("attn" in one or one[-7:] == "=search" for one in first.quantizer.exceptions)
+
+
+def test_exceptions_and_remarks_are_the_same_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "model", "GptOss")
+    first, second = (calibrated(folder, tmp_path / "cache", monkeypatch).quantizer for _ in range(2))
+    assert [name for name in first.exceptions if "exps" not in name] == []
+    assert "blk.0.ffn_up_exps.weight=search" in first.exceptions, "few tokens come to an expert"
+    assert first.remarks()
+    assert (first.exceptions, first.remarks()) == (second.exceptions, second.remarks())
+
+
+def test_experts_are_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "_LEAST_TOKENS", 32)
+    folder = make(tmp_path / "model", "GptOss")
+    found = calibrated(folder, tmp_path / "cache", monkeypatch, training=TuneOptions(1)).quantizer
+    assert found.name == "tune"
+    assert len(found.exceptions) == 3 * N_LAYERS
+    assert all("exps" in one and one.rpartition("=")[2] != "tune" for one in found.exceptions)
+
+
+def test_transposed_matrices_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "model", "GPT2")
+    found = calibrated(folder, tmp_path / "cache", monkeypatch, training=TuneOptions(1))
+    assert found.quantizer.exceptions == []
+    check_near(found, folder)
+
+
+def test_a_kind_that_is_missed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the text is looked at."""
+    folder = make(tmp_path / "model")
+    source = opened(folder)
+    tensors = [
+        replace(tensor, load=lambda tensor=tensor: tensor.load() * 2) if "attn_k" in tensor.name else tensor
+        for tensor in source.tensors
+    ]
+    options = CalibrationOptions(TextOptions([], (), 256, 64))
+    with pytest.raises(TritError, match="does not reach attn_k") as caught:
+        calibrate(Origin(folder), source.header.arch, tensors, PLAN, options)
+    assert "--method search" in str(caught.value)
+    assert "--tensor-depth '(attn_k)=q8_0'" in str(caught.value)
+
+
+def test_threads_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    with pytest.raises(TritError):
+        calibrate(Origin(tmp_path), "llama", [], PLAN, CalibrationOptions(TextOptions([], (), 256, 64), threads=3))
+    assert asked == [3]
+
+
+def test_layers_with_inputs_of_their_own(tmp_path: Path) -> None:
+    model = LayeredModel(make(tmp_path / "model", "Gemma3n"))
+    with pytest.raises(TritError, match="takes more than hidden states") as caught:
+        find_reach(model, "gemma3n", [], PLAN)
+    assert "--method search" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("t5", "encoder-decoder"), ("vit", "no language model"), ("made_up", "transformers cannot load it")],
+)
+def test_models_that_are_not_known(kind: str, reason: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    change(folder, model_type=kind)
+    with pytest.raises(TritError, match=reason) as caught:
+        LayeredModel(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
