@@ -1,9 +1,13 @@
 """tritrun chat as a user runs it: in a pipe, in a session, and with Ctrl-C."""
 
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +77,30 @@ def test_mistakes_do_not_end_the_session(tiny_model: Path, tmp_path: Path) -> No
     ]
     assert "/reset" in done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(("script", "exit_code"), [("x\n", 1), ("x\nhi\n", 1), ("hi\n", 0), ("", 0)])
+def test_a_piped_chat_fails_if_a_question_fails(tiny_model: Path, script: str, exit_code: int) -> None:
+    script = script.replace("x", "x" * 300)
+    done = run(tiny_model, "--ctx", 256, "--temp", 0, "--max-tokens", 2, stdin=script, exit_code=exit_code)
+    assert done.stderr.count("error: the message is too long") == exit_code
+
+
+def test_one_broken_template_does_not_stop_the_others(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", templates={"tool_use": "{% for %}", "rag": "{{ 1 / 0 }}"})
+    plain = write_tiny_model(tmp_path / "n.gguf")
+    done, expected = (run(p, "--prompt", "hello", "--temp", 0, "--max-tokens", 8) for p in (path, plain))
+    assert (done.stdout, done.stderr) == (expected.stdout, "")
+
+
+def test_what_is_typed_is_text(tiny_model: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat.json"
+    messages = [{"role": "user", "content": "<s>"}, {"role": "assistant", "content": "</s>"}]
+    chat.write_text(json.dumps({"format": "tritrun-chat", "version": 1, "system": "</s><unk>", "messages": messages}))
+    done = run(tiny_model, "--temp", 0, "--max-tokens", 2, stdin=f"/load {chat}\na</s>b\n")
+    # <s>, and a token for each letter of what the template makes of it
+    letters = "<system></s><unk>\n<user><s>\n<assistant></s>\n<user>a</s>b\n<assistant>"
+    assert f"(prompt: {1 + len(letters)} tokens" in done.stderr
 
 
 def test_history_is_trimmed_to_the_context(tiny_model: Path) -> None:
@@ -168,3 +196,65 @@ def test_bad_model_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {path}: ")
     assert done.stderr.count("\n") == 1
+
+
+class Terminal:
+    """A chat on a terminal of its own."""
+
+    def __init__(self, *arguments: object, **environment: str) -> None:
+        self._end, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=os.environ | {"COLUMNS": "200"} | environment,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self._shown = b""
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+    def expect(self, wanted: bytes) -> None:
+        """Wait until the chat has shown this, after what was expected before."""
+        deadline = time.monotonic() + 60
+        while wanted not in self._shown:
+            assert time.monotonic() < deadline, self._shown
+            if select.select([self._end], [], [], 1)[0]:
+                self._shown += os.read(self._end, 4096)
+        _, _, self._shown = self._shown.partition(wanted)
+
+    def type(self, text: bytes) -> None:
+        os.write(self._end, text)
+
+
+PASTED = b"one\ntwo\n\nfour"
+
+
+@pytest.mark.parametrize(
+    ("pasted", "kind"),
+    [(b"\x1b[200~" + PASTED + b"\x1b[201~\n", "xterm"), (PASTED + b"\n", "dumb")],
+    ids=["marked", "raw"],
+)
+def test_a_pasted_text_is_one_question(tiny_model: Path, tmp_path: Path, pasted: bytes, kind: str) -> None:
+    chat = tmp_path / "chat.json"
+    with Terminal(tiny_model, "--temp", 0, "--max-tokens", 3, TERM=kind) as terminal:
+        terminal.expect(b"lists the commands")
+        terminal.expect(b"> ")
+        terminal.type(pasted)
+        terminal.expect(b"tokens/s")
+        terminal.expect(b"> ")
+        terminal.type(f"/save {chat}\n".encode())
+        terminal.expect(b"saved to")
+        terminal.expect(b"> ")
+        terminal.type(b"/exit\n")
+        assert terminal.process.wait(timeout=60) == 0
+    questions = [message["content"] for message in json.loads(chat.read_text())["messages"][::2]]
+    assert questions == [PASTED.decode()]

@@ -21,6 +21,7 @@ def write_tiny_model(
     path: Path,
     *,
     chat_template: str | None = CHAT_TEMPLATE,
+    templates: dict[str, str] | None = None,
     seed: int = 0,
     noise: float = 0,
     hidden: int = HIDDEN,
@@ -29,6 +30,7 @@ def write_tiny_model(
 
     Args:
         chat_template: Jinja template, None for none.
+        templates: more of them, by name.
         seed: of the weights.
         noise: relative error of the weights, for a poor copy of the model with the same seed.
         hidden: row length of most matrices; the feed-forward layers are twice as wide.
@@ -55,6 +57,8 @@ def write_tiny_model(
     writer.add_add_space_prefix(False)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
+    for name, template in (templates or {}).items():
+        writer.add_string(f"tokenizer.chat_template.{name}", template)
     for name, weights in _weights(seed, noise, hidden).items():
         writer.add_tensor(name, weights)
     writer.write_header_to_file()
