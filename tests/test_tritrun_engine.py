@@ -1,6 +1,9 @@
 """tritrun's engine on a tiny model: prompts, templates, streaming."""
 
-from collections.abc import Iterator, Sequence
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from tiny_gguf import TRAINED_CONTEXT, write_tiny_model
 from tritconv.errors import TritError
 from tritconv.model_file import read_model_file
 from tritrun.engine import Encoded, Engine, until
-from tritrun.llama import Sampling
+from tritrun.llama import Sampling, load_bindings
 from tritrun.template import Message
 
 BOS = 1
@@ -178,3 +181,62 @@ def test_llama_cpp_says_why_it_refuses(tmp_path: Path, tiny_model: Path) -> None
     path.write_bytes(tiny_model.read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0lxama", 1))
     with pytest.raises(TritError, match=r"llama\.cpp cannot load it: .*unknown model architecture: 'lxama'"):
         load(path)
+
+
+def test_loading_can_be_interrupted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings, _ = load_bindings()
+    calls = []
+    make_callback = bindings.llama_progress_callback
+
+    def interrupting(goes_on: Callable[[float, None], bool]) -> object:
+        def on_progress(progress: float, data: None) -> bool:
+            calls.append(progress)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+            return goes_on(progress, data)
+
+        return make_callback(on_progress)
+
+    monkeypatch.setattr(bindings, "llama_progress_callback", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        load(tiny_model)
+    assert len(calls) < len(read_model_file(tiny_model).tensors)
+
+
+@pytest.mark.parametrize("size", [1023, 1024, 1025])
+def test_a_template_of_any_size_is_whole(tmp_path: Path, size: int) -> None:
+    source = "{{ messages[0].content }}"
+    path = write_tiny_model(tmp_path / "m.gguf", chat_template=source + "." * (size - len(source)))
+    with load(path, n_ctx=2048) as engine:
+        assert text_of(engine, engine.encode(HELLO)) == "hello" + "." * (size - len(source))
+
+
+def test_content_in_parts(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    with load(write_tiny_model(tmp_path / "m.gguf", chat_template=template)) as engine:
+        assert text_of(engine, engine.encode(HELLO)) == "<user>hello"
+
+
+def test_a_system_prompt_that_the_template_does_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+    with load(write_tiny_model(tmp_path / "m.gguf", chat_template=template)) as engine:
+        for _ in range(2):
+            assert (
+                text_of(engine, engine.encode([{"role": "system", "content": "be good"}, *HELLO])) == "be good\n\nhello"
+            )
+        assert capsys.readouterr().err.splitlines() == [
+            "the model's chat template takes no system prompt: it goes before the first question"
+        ]
+
+
+def test_control_tokens_cannot_be_typed(engine: Engine) -> None:
+    chat: list[Message] = [
+        {"role": "system", "content": "<s>"},
+        {"role": "user", "content": "a</s>b<unk>"},
+        {"role": "assistant", "content": "</s>"},
+        *HELLO,
+    ]
+    prompt = engine.encode(chat)
+    assert not {0, 1, 2} & {*prompt.tokens[1:]}
+    assert text_of(engine, prompt) == "<system><s>\n<user>a</s>b<unk>\n<assistant></s>\n<user>hello\n<assistant>"

@@ -126,7 +126,7 @@ class _Compare:
         if not plan.recipes:
             return {}
         encoders = fingerprint("libggml-base*")  # what changes in the kernels does not change a file
-        imatrix = self._imatrix(encoders)
+        imatrix = self._imatrix()
         about = {
             "base": self._digest_of(self._base),
             "imatrix": self._digest(imatrix) if imatrix else None,
@@ -142,15 +142,14 @@ class _Compare:
             peers[recipe] = read_text_model(path)
         return peers
 
-    def _imatrix(self, encoders: str) -> Path | None:
+    def _imatrix(self) -> Path | None:
         plan = self._plan
         if plan.calibrate is None:
             return plan.imatrix
-        key = {
+        key = self._programs | {
             "base": self._digest_of(self._base),
             "text": self._digest(plan.calibrate),
             "chunks": plan.calibrate_chunks,
-            "encoders": encoders,
         }
         path = self._kept.path("imatrix", key, ".gguf")
         if not path.exists():

@@ -5,7 +5,9 @@ short, and cannot ask llama.cpp to check the weights.
 """
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +50,7 @@ class Llama:
         options = cpp.llama_model_default_params()
         options.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 0x7FFFFFFF
         options.check_tensors = check
-        self._model = cpp.llama_model_load_from_file(str(path).encode(errors="surrogateescape"), options)
+        self._model = _load(cpp, path, options)
         if not self._model:
             raise _refusal(path, log)
         self._context = None
@@ -222,6 +224,23 @@ def load_bindings() -> tuple[ModuleType, _ErrorLog]:
     llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp, log
+
+
+def _load(cpp: ModuleType, path: Path, options: Any) -> Any:
+    """The model, None if llama.cpp refuses it. Ctrl-C and other signals end the loading, which may take minutes."""
+    stop = threading.Event()
+    options.progress_callback = cpp.llama_progress_callback(lambda _progress, _data: not stop.is_set())
+    # In a thread: Python handles signals in the main one, and only between its own instructions.
+    with ThreadPoolExecutor(1) as pool:
+        name = str(path).encode(errors="surrogateescape")
+        loading = pool.submit(cpp.llama_model_load_from_file, name, options)
+        try:
+            return loading.result()
+        except BaseException:
+            stop.set()
+            if model := loading.result():
+                cpp.llama_model_free(model)
+            raise
 
 
 def _context_options(cpp: ModuleType, n_ctx: int, threads: int) -> Any:
