@@ -140,9 +140,7 @@ def test_rows_are_found_whatever_their_order() -> None:
     weights = rng.standard_normal((40, 64)).astype(np.float16)
     weights[7] = weights[3] = 0  # rows that are alike
     places = [(0, Matrix("a")), (1, Matrix("b", 2))]
-    index = RowIndex()
-    for place, part in zip(places, np.split(weights, [25]), strict=True):
-        index.add(place, torch.from_numpy(part))
+    index = RowIndex(dict(zip(places, map(torch.from_numpy, np.split(weights, [25])), strict=True)))
     order = rng.permutation(40)
     found = index.find(weights[order])
     assert found is not None

@@ -131,7 +131,7 @@ class Calibrated:
         self._blocks = blocks
         self._remarks = list(remarks)
         by_tensor = {
-            tensor: ",".join(dict.fromkeys(methods.get(place, name) for place in found.places))
+            tensor: ",".join(sorted({methods.get(place, name) for place in found.places}))
             if self._has_made(tensor)
             else search.Search.name
             for tensor, found in rows.maps.items()

@@ -279,6 +279,8 @@ class LayeredModel:
         Returns:
             float32 (sequences, length, vocabulary).
         """
+        if self.longest is not None and hidden.shape[1] > self.longest:
+            return torch.cat([self.logits(part) for part in hidden.split(self.longest, dim=1)], dim=1)
         returned = self._returned
         assert returned is not None
         with self.autocast("cpu"):  # the model's own path from the layers to the logits, with the layers skipped
