@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_bpe_tokenizer, tritconv
+from checkpoints import make_bpe_tokenizer, make_checkpoint, to_f16_gguf, tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
@@ -222,6 +222,13 @@ def test_pickled_weights(as_zip: bool, checkpoint: Path, folder: Path) -> None:
     assert _values(_opened(folder)) == _values(_opened(checkpoint))
 
 
+def test_pickled_parameters(checkpoint: Path, folder: Path) -> None:
+    weights = {name: torch.nn.Parameter(w) for name, w in _weights(folder).items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert _values(_opened(folder)) == _values(_opened(checkpoint))
+
+
 def test_pickled_shards(checkpoint: Path, folder: Path) -> None:
     weights = _weights(folder)
     (folder / "model.safetensors").unlink()
@@ -429,3 +436,21 @@ def test_absurd_sizes_are_seen_before_the_work(key: str, folder: Path) -> None:
 def test_settings_that_gguf_cannot_hold(value: object, folder: Path) -> None:
     _configure(folder, rms_norm_eps=value)
     _refused(folder, "llama.attention.layer_norm_rms_epsilon", "correct config.json")
+
+
+def test_an_assertion_of_the_converter_says_what_it_wants(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "Mamba", intermediate_size=200)
+    _refused(folder, "converter failed on MambaForCausalLM: it wants d_inner == 2 * d_model")
+
+
+def test_a_converter_that_delegates(tmp_path: Path) -> None:
+    """Ministral 3: upstream's class holds another, which has the tensors and the metadata."""
+    folder = make_checkpoint(tmp_path / "model", "Ministral3", head_dim=64, max_position_embeddings=262144)
+    expected = {tensor.name: tensor.data for tensor in GGUFReader(to_f16_gguf(folder, tmp_path / "f16.gguf")).tensors}
+    found = _opened(folder)
+    assert found.header.arch == "mistral3"
+    assert {"mistral3.block_count", "tokenizer.ggml.tokens"} <= found.header.kv_data[0].keys()
+    assert {tensor.name for tensor in found.tensors} == expected.keys()
+    for tensor in found.tensors:
+        assert np.array_equal(tensor.load(), expected[tensor.name])
+    assert _converted(folder).keys() == expected.keys()

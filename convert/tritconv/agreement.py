@@ -184,9 +184,11 @@ def read_tokens(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
         with suppress(Exception):  # a damaged file has been refused by whoever needs it
             processor = SentencePieceProcessor(model_file=str(model))
             return {processor.id_to_piece(n): n for n in range(processor.vocab_size())}, added
-    vocabulary = (_json(folder / "tokenizer.json").get("model") or {}).get("vocab") or _json(folder / "vocab.json")
+    model_part = _json(folder / "tokenizer.json").get("model")
+    vocabulary = model_part.get("vocab") if isinstance(model_part, dict) else _json(folder / "vocab.json")
     if isinstance(vocabulary, list):  # pairs of a piece and its score
-        vocabulary = {str(entry[0]): number for number, entry in enumerate(vocabulary) if entry}
+        vocabulary = {str(entry[0]): n for n, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
     return {token: number for token, number in vocabulary.items() if type(number) is int and token not in added}, added
 
 

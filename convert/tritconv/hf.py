@@ -38,7 +38,7 @@ from tritconv.foreign_code import guard
 from tritconv.model_config import read_config
 from tritconv.plan import Kind, SourceTensor, kind_of
 from tritconv.tokenizer import TokenizerReading
-from tritconv.upstream import TensorReading, at_work, reading
+from tritconv.upstream import TensorReading, at_work, reading, reason
 from tritconv.weights import read_weights
 
 # The libraries' remarks on the way are for their developers; what matters comes back as an exception.
@@ -96,7 +96,7 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None, pre: str 
     except TritError:
         raise
     except Exception as error:  # the package raises whatever its many authors chose
-        raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {first_line(error)}") from error
+        raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {reason(error)}") from error
     _note_what_is_left_out(hparams)
     tensors = list(_source_tensors(model, depth))
     if not any(tensor.kind is Kind.MATRIX for tensor in tensors):

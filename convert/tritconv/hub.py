@@ -22,6 +22,7 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from tritconv.errors import TritError, first_line
 from tritconv.foreign_code import is_trusted
 from tritconv.weight_files import INDEXES, indexed, no_weights
+from tritconv.weights import refuse_adapter
 
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
 
@@ -53,6 +54,7 @@ def download(hub_id: str, revision: str | None) -> Path:
             _snapshot(hub_id, commit, [*files, pattern])
             if any(folder.glob(pattern)):
                 return folder
+        refuse_adapter(folder, hub_id)
         raise TritError(no_weights(hub_id, HfApi().list_repo_files(hub_id, revision=commit)))
 
 

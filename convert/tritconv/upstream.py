@@ -1,5 +1,6 @@
 """One of llama.cpp's converters, given the weights that we read, and stopped where it would go wrong with them."""
 
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,18 +96,15 @@ class TensorReading:
             shape = " x ".join(str(n) for n in data_torch.shape)
             raise TritError(
                 f"{self.dir_model}: llama.cpp's converter cannot map tensor {name} ({shape}), as config.json describes "
-                f"the model: {first_line(error)}"
+                f"the model: {reason(error)}"
             ) from error
 
     def _cannot_read(self, error: Exception) -> TritError:
-        why = first_line(error)
+        why = reason(error)
         if self.scheme is None:
             return TritError(f"{self.dir_model}: llama.cpp's converter cannot read the weights: {why}")
-        if isinstance(error, KeyError):
-            return quantized.refusal(self.dir_model, self.scheme, f"{why} is missing")
-        # an assertion names nothing that helps, and that a scheme is not supported is said anyway
-        names_more = isinstance(error, NotImplementedError) and "not yet supported" not in why
-        return quantized.refusal(self.dir_model, self.scheme, why if names_more else "")
+        # that a scheme is not supported is said anyway
+        return quantized.refusal(self.dir_model, self.scheme, "" if "not yet supported" in why else why)
 
     def _not_dequantized(self, name: str, dtype: Any) -> TritError:
         what = f"tensor {name} is {str(dtype).removeprefix('torch.')}"
@@ -116,6 +114,16 @@ class TensorReading:
             f"{self.dir_model} is quantized, as {what}, and config.json does not say how: "
             "convert the original checkpoint, which this one was made from"
         )
+
+
+def reason(error: Exception) -> str:
+    """What an exception of the converter says, for people: many are assertions or missing keys, without a word."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, AssertionError) and not str(error):
+        asserted = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        return f"it wants {asserted.removeprefix('assert ').partition('  #')[0]}"
+    return first_line(error)
 
 
 @contextmanager

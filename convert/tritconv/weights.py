@@ -30,7 +30,7 @@ def find_weights(folder: Path) -> list[Path]:
     Raises:
         TritError: there are none, some are missing, there are two sets of them, or what is there is an adapter.
     """
-    _refuse_adapter(folder)
+    refuse_adapter(folder, str(folder))
     for stem, suffix in _LAYOUTS:
         whole = folder / f"{stem}{suffix}"
         listed = indexed(folder / f"{whole.name}.index.json")
@@ -52,7 +52,8 @@ def find_weights(folder: Path) -> list[Path]:
     raise TritError(no_weights(str(folder), sorted(path.name for path in folder.iterdir())))
 
 
-def _refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path, where: str) -> None:
+    """See that what a folder holds, which came from `where`, is no adapter. Raises TritError."""
     weights = sorted(folder.glob("adapter_model.*"))
     config = folder / "adapter_config.json"
     if not weights and (not config.is_file() or any(_of_any_name(folder, *layout) for layout in _LAYOUTS)):
@@ -65,7 +66,7 @@ def _refuse_adapter(folder: Path) -> None:
     except (OSError, ValueError, AttributeError, RecursionError):
         pass  # the weights alone say what this is
     raise TritError(
-        f"{folder} holds a {kind} adapter, which only changes another model, {base}: merge the two with "
+        f"{where} holds a {kind} adapter, which only changes another model, {base}: merge the two with "
         "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER) of the peft "
         "library, copy the tokenizer there, and convert that folder"
     )
@@ -165,7 +166,7 @@ def _read_pickle(file: Path) -> LazyTensors:
             raise TritError(f"{file}: tensor {name} is sparse, or without values of its own: save it as a dense one")
         if tensor.dtype not in LazyTorchTensor._dtype_byteswap_map:
             raise TritError(_unreadable(file, name, str(tensor.dtype).removeprefix("torch.")))
-    return {name: partial(LazyTorchTensor.from_eager, tensor) for name, tensor in loaded.items()}
+    return {name: partial(LazyTorchTensor.from_eager, tensor.detach()) for name, tensor in loaded.items()}
 
 
 def _load_pickle(file: Path) -> Any:
