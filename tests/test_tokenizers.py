@@ -236,6 +236,36 @@ def test_no_tokenizer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "card",
+    [
+        b"---\nlicense: [\n  a: b\n---\n",
+        b"---\nlicense: 5\n---\n",
+        b"---\ntags: [3, [4]]\n---\n",
+        b"---\nbase_model: [3]\ndatasets: [{}, 5]\nversion: 1.0\n---\n",
+        b"---\na: &a [x, x]\nb: &b [*a, *a]\ntags: [*b, *b]\n---\n",
+        b"---\n" + b"[" * 5000 + b"\n---\n",
+        b"\xff\xfe",
+    ],
+)
+def test_a_model_card_of_no_sense_is_left_out(card: bytes, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    expected = _header(folder, None)
+    (folder / "README.md").write_bytes(card)
+    assert _header(folder, None) == expected
+    (line,) = capfd.readouterr().err.splitlines()
+    assert str(folder / "README.md") in line
+
+
+def test_a_model_card(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    card = "---\nlicense: mit\ntags: [a, b]\nlanguage: en\nbase_model: org/Base-7B\ndatasets: [org/data]\n---\ntext\n"
+    (folder / "README.md").write_text(card)
+    header = _header(folder, None)
+    assert header["general.license"] == "mit"
+    assert header["general.tags"] == ["a", "b"]
+    assert header["general.base_model.0.repo_url"] == "https://huggingface.co/org/Base-7B"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({}, []),
