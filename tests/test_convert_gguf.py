@@ -1,12 +1,12 @@
 """GGUF files encoded again, and the tables of `tritconv inspect`."""
 
-import os
 from pathlib import Path
 
 import ggml
 import numpy as np
 import pytest
-from checkpoints import llama_quantize, tritconv
+from checkpoints import llama_quantize
+from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
@@ -76,7 +76,7 @@ def test_refusals(f16_gguf: Path, tmp_path: Path) -> None:
 def test_inspect_lists_everything(f16_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     assert tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", out).returncode == 0
-    done = tritconv("inspect", out, env={**os.environ, "COLUMNS": "160"})
+    done = tritconv("inspect", out, COLUMNS="160")
     assert done.returncode == 0, done.stderr
     for tensor in read_model_file(out).tensors:
         assert tensor.name in done.stdout

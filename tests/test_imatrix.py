@@ -8,7 +8,8 @@ from pathlib import Path
 import ggml
 import numpy as np
 import pytest
-from checkpoints import llama_quantize, make_checkpoint, to_f16_gguf, tritconv
+from checkpoints import llama_quantize, make_checkpoint, to_f16_gguf
+from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 from test_hostile_headers import HOSTILE

@@ -3,13 +3,15 @@
 import ctypes
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import ggml
 import numpy as np
 import pytest
-from checkpoints import tritconv
+from command_line import tritconv
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as V
@@ -203,3 +205,15 @@ def test_what_llama_cpp_would_refuse_is_a_finding(tmp_path: Path) -> None:
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"{path}: llama.cpp would not load it: ")
     assert "output_norm" in line
+
+
+@pytest.mark.build
+def test_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / os.fsdecode(b"x\xff.gguf"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    for command, words in (("verify", "x?.gguf: ok"), ("inspect", "x?.gguf: metadata")):
+        done = subprocess.run(
+            [sys.executable, "-m", "tritconv", command, path], capture_output=True, env=environment, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert words in done.stdout.decode("ascii")

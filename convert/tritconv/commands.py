@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tritconv.console import error
+from tritconv.console import error, forgive_encodings
 from tritconv.errors import Terminated, TritError, UsageError, first_line
 
 _FAILED, _MISUSED = 1, 2
@@ -33,6 +33,7 @@ class Commands(TyperGroup):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        forgive_encodings()
         with _one_line(), _signals_raise():
             return super().invoke(ctx)
 

@@ -60,7 +60,7 @@ def _first_error(path: str) -> str | None:
     options.no_alloc = True
     options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     options.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(path.encode(), options)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), options)
     if not model:
         return errors[0] if errors else "no reason given"
     context_options = llama_cpp.llama_context_default_params()

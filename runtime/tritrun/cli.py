@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from tritconv.commands import examples, new_app
-from tritconv.console import err, forgive_encodings, note, out
+from tritconv.console import err, note, out
 from tritrun import variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
@@ -96,7 +96,6 @@ def chat(
     Answers are streamed to stdout, everything else goes to stderr, reasoning included, which only a terminal shows.
     /help in the chat lists its commands.
     """
-    forgive_encodings()
     variants.force(cpu)
     file = read_text_model(model)
     threads = threads or physical_cores()
