@@ -20,6 +20,7 @@ from tritconv.calibration.model import _fast_precision
 from tritconv.calibration.pretrained import load
 from tritconv.calibration.text import render
 from tritconv.errors import TritError
+from tritconv.foreign_code import trusted
 from tritconv.hf import open_checkpoint
 
 # What the attacker's code does. The class works, so that code which is trusted serves.
@@ -84,6 +85,14 @@ def test_code_that_a_checkpoint_of_the_hub_names(victim: Path, marker: Path, tmp
     assert not marker.exists()
 
 
+def test_trusted_code_that_fails(victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    _write_code(victim / "tok.py", tmp_path, "raise OSError('the disk of {marker} is gone')")
+    _change(victim / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tok.EvilTok", None]})
+    with trusted(), pytest.raises(TritError, match=r"its own code for the tokenizer fails: the disk of .* gone"):
+        open_checkpoint(victim, 2)
+
+
 def test_code_in_the_folder_and_in_the_config(victim: Path, marker: Path, tmp_path: Path) -> None:
     """What calibration loads besides: configuration and model."""
     _write_code(victim / "tok.py", marker)
@@ -94,7 +103,7 @@ def test_code_in_the_folder_and_in_the_config(victim: Path, marker: Path, tmp_pa
     assert not marker.exists()
 
 
-def test_no_converter_class_runs_code(victim: Path, marker: Path) -> None:
+def test_no_converter_class_runs_code(victim: Path, marker: Path, tmp_path: Path) -> None:
     """All of llama.cpp's classes read the tokenizer, as do those that pass trust_remote_code=True."""
     for name in ("tok.py", "custom_generate/generate.py"):
         _write_code(victim / name, marker)
@@ -125,7 +134,8 @@ def test_no_converter_class_runs_code(victim: Path, marker: Path) -> None:
         assert Path({str(marker)!r}).exists(), "the test tests nothing"
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=env)
     assert done.returncode == 0, done.stderr
 
 

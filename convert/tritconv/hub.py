@@ -24,6 +24,8 @@ from tritconv.foreign_code import is_trusted
 from tritconv.weight_files import INDEXES, indexed, no_weights
 from tritconv.weights import refuse_adapter
 
+logging.set_verbosity_error()  # what matters comes back as an exception
+
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
 
 # consolidated.safetensors, where there is one, holds the same weights in another layout
@@ -42,7 +44,6 @@ def download(hub_id: str, revision: str | None) -> Path:
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
-    logging.set_verbosity_error()  # what matters comes back as an exception
     files = [*_TEXT_FILES, "*.py"] if is_trusted() else _TEXT_FILES
     with _one_line_errors(hub_id, revision):
         folder = _snapshot(hub_id, revision, files)

@@ -12,7 +12,7 @@ from gguf import GGUFWriter, Keys
 
 from tritconv.console import note
 from tritconv.errors import TritError, first_line
-from tritconv.foreign_code import refusal_in
+from tritconv.foreign_code import is_trusted, refusal_in
 
 _FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "rwkv_vocab_*.txt")
 
@@ -139,7 +139,10 @@ def _why(folder: Path, error: Exception) -> str:
     """What is wrong with the tokenizer in `folder`, which the converter failed on with `error`."""
     if (refused := refusal_in(error)) is not None:
         return str(refused)
-    own_code = "; or run the code that it has for that with --trust-remote-code" if _names_code(folder) else ""
+    has_code = _names_code(folder)
+    own_code = "; or run the code that it has for that with --trust-remote-code" if has_code else ""
+    if has_code and is_trusted():
+        return f"{folder}: its own code for the tokenizer fails: {first_line(error)}"
     if not any(any(folder.glob(pattern)) for pattern in _FILES):
         return (
             f"{folder}: no tokenizer: none of {', '.join(_FILES)}; "
