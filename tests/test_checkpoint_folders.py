@@ -138,6 +138,16 @@ def test_weights_that_only_another_program_reads(folder: Path) -> None:
     _refused(folder, "gguf-to-gguf")
 
 
+def test_weights_of_a_name_that_says_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "my-tune.safetensors")
+    _refused(folder, "my-tune.safetensors", "call it model.safetensors")
+
+
+def test_variants_beside_the_model_stay_out(checkpoint: Path, folder: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(192)}, folder / "model.fp16.safetensors", {"format": "pt"})
+    assert _values(_opened(folder)) == _values(_opened(checkpoint))
+
+
 def test_shards_of_any_name(checkpoint: Path, folder: Path) -> None:
     _split(folder, ["first.safetensors", "zweite-datei.safetensors"])
     assert _values(_opened(folder)) == _values(_opened(checkpoint))
@@ -389,6 +399,8 @@ def test_no_embeddings(folder: Path) -> None:
     weights = _weights(folder)
     del weights["model.embed_tokens.weight"]
     _save(folder, weights)
+    _refused(folder, "no embeddings")
+    _save(folder, weights | {"model.embed_tokens.weight": torch.tensor(1.0)})
     _refused(folder, "no embeddings")
 
 

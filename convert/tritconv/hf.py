@@ -35,6 +35,7 @@ from tritconv.agreement import (
 from tritconv.console import note
 from tritconv.errors import TritError, first_line
 from tritconv.foreign_code import guard
+from tritconv.model_card import usable_card
 from tritconv.model_config import read_config
 from tritconv.plan import Kind, SourceTensor, kind_of
 from tritconv.tokenizer import TokenizerReading
@@ -71,11 +72,12 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None, pre: str 
 
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
     logging.getLogger("gguf").setLevel(logging.ERROR)
+    logging.getLogger("metadata").setLevel(logging.CRITICAL)
     try:
         hparams = ModelBase.load_hparams(folder, False)
         architecture = get_model_architecture(hparams, ModelType.TEXT)
     except Exception as error:
-        raise TritError(f"{folder / 'config.json'} names no architecture: {first_line(error)}") from error
+        raise TritError(f"{folder / 'config.json'} names no architecture: {reason(error)}") from error
     try:
         upstream = get_model_class(architecture)
     except NotImplementedError as error:
@@ -115,7 +117,7 @@ def _check(folder: Path, model: Any) -> None:
 def _prepare_metadata(folder: Path, model: Any) -> None:
     """Make the metadata, with as many tokens as the embeddings have rows. Raises TritError."""
     embeddings = model.sources.get("token_embd.weight")
-    if embeddings is None:
+    if embeddings is None or embeddings.ndim != 2:
         raise TritError(f"{folder} has no embeddings of tokens: it is no language model, or incomplete")
     n_rows = int(embeddings.shape[0])
     # whatever config.json says: a resized model often keeps the old number
@@ -124,7 +126,8 @@ def _prepare_metadata(folder: Path, model: Any) -> None:
             model.hparams[key] = n_rows
     model._prec_a4 = {}  # hints for blocks that are dequantized here
     try:
-        model.prepare_metadata(vocab_only=False)
+        with usable_card(folder):
+            model.prepare_metadata(vocab_only=False)
     except TritError:
         check_tokens(folder, n_rows, added_too=True)  # the usual reason, which the converter does not name
         raise

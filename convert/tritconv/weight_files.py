@@ -52,4 +52,6 @@ def no_weights(where: str, names: Iterable[str]) -> str:
         )
     if any(name.lower().endswith(".gguf") for name in names):
         return f"{where} holds GGUF files: download one and convert it with `tritconv gguf-to-gguf`"
-    return f"{where}: no weights (*.safetensors or pytorch_model*.bin)"
+    if other := [name for name in names if name.endswith(".safetensors")]:
+        return f"{where}: no index lists {other[0]}; if it holds the whole model, call it model.safetensors"
+    return f"{where}: no weights (model*.safetensors or pytorch_model*.bin)"
