@@ -2,17 +2,23 @@
 """What blocks below the codebook's range cost: models with small and zero blocks and rows, by each method.
 
 Takes SmolLM2-135M-Instruct, or a random model with the layers of Qwen2.5-0.5B, and plants near-dead rows, rows of
-zeros, small blocks and blocks of zeros in some of its matrices. Converts it to TRIT2, as it is and with these matrices
-in the fallback, and measures the KL divergence of both. A matrix in the fallback takes 8.5 bits, and has next to no
-error: TRIT2 is worse by the share of the planted matrices in the model's error, with small blocks or without.
+zeros, small blocks and blocks of zeros in some of its matrices. Converts it to TRIT2 by each method, and measures the
+KL divergence three times over:
+
+- with small blocks as they are stored, and exact, in float16 both: what the lower end of the codebook costs;
+- of the file as it is;
+- of the same with the planted matrices in Q8_0, as they would be if a small block sent its matrix to the fallback. That
+  takes more bits, and what TRIT2 loses in the large blocks of these matrices is not lost.
 """
 
 import argparse
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +27,15 @@ from gguf import GGMLQuantizationType
 from command import exit_status
 from dither import write_checkpoint
 from programs import BUILD, ROOT
+from tritconv.codec import unpack
 from tritconv.errors import TritError
-from tritconv.format import BLOCK_SIZE
+from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK
 from tritconv.model_file import Tensor, read_model_file
 from tritrun.tools import find_tool
 
 _SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TRIT2 = GGMLQuantizationType.TRIT2
+_LEAST = 4 * 2 ** (3 - 80 / 6)  # the largest weight of a TRIT2 block, or it is below the range
 _NAMES = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -67,11 +75,12 @@ def random_qwen(target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def plant(folder: Path, count: int | None) -> list[str]:
-    """Plant small rows and blocks in some matrices of a checkpoint, spread over layers and kinds.
+def plant(folder: Path, kinds: Sequence[str], count: int | None) -> list[str]:
+    """Plant small rows and blocks in some matrices of a checkpoint, spread over its layers.
 
     Args:
         folder: with one file of weights.
+        kinds: of the matrices, of `_NAMES`.
         count: of the matrices; None for all.
 
     Returns:
@@ -84,7 +93,7 @@ def plant(folder: Path, count: int | None) -> list[str]:
     tensors = load_file(path)
     layers = 1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
     every = [f"model.layers.{layer}" for layer in range(layers)]
-    matrices = [f"{layer}.{'self_attn' if kind[1] == '_' else 'mlp'}.{kind}" for layer in every for kind in _NAMES]
+    matrices = [f"{layer}.{'self_attn' if kind[1] == '_' else 'mlp'}.{kind}" for layer in every for kind in kinds]
     if count is not None:
         matrices = [matrices[i * (len(matrices) - 1) // max(count - 1, 1)] for i in range(count)]
     for number, name in enumerate(matrices):
@@ -112,7 +121,8 @@ def main() -> None:
     """Make what is missing, convert, measure, and print the figures."""
     options = _options()
     options.output.mkdir(parents=True, exist_ok=True)
-    folder = options.output / f"{options.model}-{'all' if options.matrices is None else options.matrices}"
+    kinds = "-".join(options.kind or ["matrices"])
+    folder = options.output / f"{options.model}-{'all' if options.matrices is None else options.matrices}-{kinds}"
     checkpoint = folder / "checkpoint"
     listed = folder / "planted.json"
     if not listed.is_file():
@@ -121,30 +131,31 @@ def main() -> None:
             random_qwen(checkpoint)
         else:
             write_checkpoint(_SMOLLM2, checkpoint)
-        listed.write_text(json.dumps(plant(checkpoint, options.matrices)), encoding="utf-8")
+        listed.write_text(json.dumps(plant(checkpoint, options.kind or [*_NAMES], options.matrices)), encoding="utf-8")
     planted = json.loads(listed.read_text(encoding="utf-8"))
     base = folder / "F16.gguf"
     if not base.is_file():
         _tritconv(checkpoint, base, "--tensor-depth", ".=f16", "--embed-type", "f16")
 
     print(f"planted in {', '.join(planted)}")
-    print("| method | matrices in TRIT2 | bits | KLD | fallback: bits | KLD | worse by |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method | matrices in TRIT2 | small blocks cost | bits | KLD | fallback: bits | KLD | worse by |")
+    print("|---|---|---|---|---|---|---|---|")
     for method in options.method or _METHODS:
         arguments = _arguments(method, base, options)
         fallback = f"^({'|'.join(map(re.escape, planted))})$=q8_0"
-        row = [method]
-        divergences = []
-        for name, rule in ((method, ()), (f"{method}-fallback", ("--tensor-depth", fallback))):
-            target = folder / f"{name}.gguf"
-            if not target.is_file():
-                _tritconv(checkpoint, target, *arguments, *rule)
-            matrices = [t for t in read_model_file(target).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
-            n_trit = sum(tensor.type is _TRIT2 for tensor in matrices)
-            divergences.append(_divergence(target, base, options))
-            row += [f"{n_trit} of {len(matrices)}"] if not rule else []
-            row += [f"{_bits(matrices):.2f}", f"{divergences[-1]:.5f}"]
-        print("|", " | ".join([*row, f"{divergences[0] / divergences[1] - 1:+.2%}"]), "|", flush=True)
+        target, in_fallback = folder / f"{method}.gguf", folder / f"{method}-fallback.gguf"
+        if not target.is_file():
+            _tritconv(checkpoint, target, *arguments)
+        if not in_fallback.is_file():
+            _tritconv(checkpoint, in_fallback, *arguments, "--tensor-depth", fallback)
+        stored, exact = (_decoded(target, base, exact=exact) for exact in (False, True))
+        files = (stored, exact, target, in_fallback)
+        as_stored, if_exact, ours, others = (_divergence(path, base, options) for path in files)
+        matrices, mixed = _matrices(target), _matrices(in_fallback)
+        n_trit = sum(tensor.type is _TRIT2 for tensor in matrices)
+        row = [method, f"{n_trit} of {len(matrices)}", f"{as_stored / if_exact - 1:+.2%}"]
+        row += [f"{_bits(matrices):.2f}", f"{ours:.4f}", f"{_bits(mixed):.2f}", f"{others:.4f}"]
+        print("|", " | ".join([*row, f"{ours / others - 1:+.2%}"]), "|", flush=True)
 
 
 def _arguments(method: str, base: Path, options: argparse.Namespace) -> list[object]:
@@ -154,7 +165,7 @@ def _arguments(method: str, base: Path, options: argparse.Namespace) -> list[obj
         return ["--method", method, "--calibrate", options.calibrate, "--calib-tokens", options.calib_tokens, *epochs]
     if method != "imatrix":
         return ["--method", method]
-    imatrix = base.with_name("imatrix.gguf")
+    imatrix = base.with_name("importances.gguf")
     if not imatrix.is_file():
         chunks = max(1, options.calib_tokens // 512)
         _run(find_tool("llama-imatrix"), "-m", base, "-f", options.calibrate, "-o", imatrix, "--chunks", chunks)
@@ -164,6 +175,36 @@ def _arguments(method: str, base: Path, options: argparse.Namespace) -> list[obj
 def _tritconv(checkpoint: Path, target: Path, *arguments: object) -> None:
     command = [sys.executable, "-I", "-m", "tritconv", "hf-to-gguf", checkpoint, "--depth", 2, "-o", target]
     _run(*command, *arguments)
+
+
+def _matrices(model: Path) -> list[Tensor]:
+    """The matrices of a file's layers."""
+    return [t for t in read_model_file(model).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+
+
+def _decoded(model: Path, base: Path, *, exact: bool) -> Path:
+    """Write a copy of the base with the TRIT2 matrices of a file, decoded; small blocks stay the base's, if exact."""
+    target = model.with_name(f"{model.stem}-{'exact' if exact else 'stored'}.gguf")
+    if target.is_file():
+        return target
+    partial = target.with_suffix(".part")
+    shutil.copyfile(base, partial)
+    source, right = read_model_file(model), read_model_file(base)
+    places = {tensor.name: right.data_start + tensor.offset for tensor in right.tensors}
+    with partial.open("r+b") as file:
+        for tensor in _matrices(model):
+            if tensor.type is not _TRIT2:
+                continue
+            data = np.fromfile(model, np.uint8, tensor.n_bytes, offset=source.data_start + tensor.offset)
+            blocks = unpack(2, data.reshape(-1, BYTES_PER_BLOCK[2])).decode().astype(np.float16)
+            place = places[tensor.name]
+            if exact:
+                wanted = np.fromfile(base, np.float16, blocks.size, offset=place).reshape(blocks.shape)
+                small = np.abs(wanted).max(axis=1) < _LEAST
+                blocks[small] = wanted[small]
+            file.seek(place)
+            file.write(blocks.tobytes())
+    return partial.rename(target)
 
 
 def _bits(matrices: list[Tensor]) -> float:
@@ -192,6 +233,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2", "qwen"), default="smollm2", help="(default: %(default)s)")
     parser.add_argument("--matrices", type=int, metavar="N", help="plant in so many (default: in all)")
+    parser.add_argument("--kind", action="append", choices=_NAMES, help="plant in these; repeatable (default: any)")
     parser.add_argument("--method", action="append", choices=_METHODS, help="repeatable (default: all)")
     parser.add_argument("--calibrate", type=Path, required=True, metavar="FILE", help="text to calibrate on")
     parser.add_argument("--calib-tokens", type=int, default=8192, metavar="N", help="(default: %(default)s)")
