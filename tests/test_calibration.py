@@ -127,7 +127,8 @@ def test_last_matrix_is_pulled_to_the_full_output(model: LayeredModel, tokens: t
 def test_experts_have_moments_of_their_own(mixtral: LayeredModel, tokens: torch.Tensor) -> None:
     streams = streams_of(mixtral, tokens)
     stage = [matrix for matrix in matrices_of(streams.quantized) if matrix.name.endswith("gate_up_proj")]
-    moments = streams.moments(stage, ())
+    later = [matrix for matrix in matrices_of(streams.quantized) if matrix.name.endswith("down_proj")]
+    moments = streams.moments(stage, later)
     # two experts for each token
     assert sum(one.n_tokens for one in moments.values()) == 2 * tokens.numel()
     for matrix in stage:

@@ -56,6 +56,18 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
     "Falcon": {"multi_query": True, "new_decoder_architecture": False, "num_kv_heads": 1},
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
     "Llama4": {"num_local_experts": 4, "head_dim": 32, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1},
+    "Llava": {
+        "text_config": transformers.LlamaConfig(**_COMMON),
+        "vision_config": transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+            num_hidden_layers=N_LAYERS,
+        ),
+        "image_token_index": 5,
+    },
     "GPT2": {"tie_word_embeddings": True, "n_ctx": 256},
     "Gemma3n": {
         "vocab_size_per_layer_input": VOCABULARY,
@@ -67,14 +79,14 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
         "laurel_rank": 64,
     },
 }
-_MODEL = {"GPT2": "GPT2LMHeadModel"}
+_MODEL = {"GPT2": "GPT2LMHeadModel", "Llava": "LlavaForConditionalGeneration"}
 _CONFIG = {"Llama4": "Llama4TextConfig", "Gemma3n": "Gemma3nTextConfig"}
 
 
 def make(folder: Path, architecture: str = "Llama", dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
     """A checkpoint of random weights."""
     config = getattr(transformers, _CONFIG.get(architecture, f"{architecture}Config"))(
-        **_COMMON | _SPECIFIC[architecture] | changes
+        **(_SPECIFIC[architecture] if architecture == "Llava" else _COMMON | _SPECIFIC[architecture]) | changes
     )
     torch.manual_seed(0)
     model = getattr(transformers, _MODEL.get(architecture, f"{architecture}ForCausalLM"))(config)
@@ -164,6 +176,25 @@ def test_files_of_several_types(wide: str, tmp_path: Path) -> None:
         name: values.float() * (1 + 2**-12) if wide in name else values for name, values in weights_of(folder).items()
     }
     save(folder, mixed)
+    traced = trace(folder)
+    assert not traced.reach.missed
+    check_rows(traced, folder, rtol=2**-8)
+
+
+def test_weights_that_are_quantized_already(tmp_path: Path) -> None:
+    """In FP8, which both transformers and llama.cpp's converter dequantize."""
+    folder = make(tmp_path / "model", dtype=torch.bfloat16)
+    stored = {}
+    for name, values in weights_of(folder).items():
+        if "proj" in name:
+            tiles = values.float().view(len(values) // 32, 32, -1, 32)
+            scales = tiles.abs().amax(dim=(1, 3)) / 448
+            stored[f"{name}_scale_inv"] = scales
+            values = (tiles / scales[:, None, :, None]).view(values.shape).to(torch.float8_e4m3fn)
+        stored[name] = values
+    save(folder, stored)
+    scheme = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    change(folder, quantization_config=scheme)
     traced = trace(folder)
     assert not traced.reach.missed
     check_rows(traced, folder, rtol=2**-8)

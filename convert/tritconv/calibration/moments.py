@@ -61,6 +61,7 @@ class LayerStreams:
     def _of_experts(self, stage: Sequence[Matrix], later: Collection[Matrix]) -> dict[Matrix, Moments]:
         width = {matrix: matrix.of(self.quantized).shape[1] for matrix in stage}
         found = {m: Moments(torch.zeros(n, n, device=self.model.device)) for m, n in width.items()}
+        later = [matrix for matrix in later if not matrix.is_expert]  # an expert is done before the next one begins
 
         def on_product(matrix: Matrix, x: torch.Tensor) -> None:
             if matrix in later:
