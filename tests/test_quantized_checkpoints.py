@@ -1,6 +1,7 @@
 """Quantized checkpoints: their values come back as an independent dequantization has them, or a line says why not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tritconv.convert import Job, hf_to_gguf
 from tritconv.errors import TritError
 from tritconv.hf import Checkpoint, open_checkpoint
 from tritconv.model_file import read_model_file
-from tritconv.plan import Kind, TypePlan
+from tritconv.plan import Kind, TypePlan, TypeRule
 
 Tensors = dict[str, torch.Tensor]
 Packed = tuple[Tensors, torch.Tensor]  # tensors by the end of their names, and the weights that they stand for
@@ -132,7 +133,8 @@ def test_fp8_by_blocks(folder: Path) -> None:
 
 def _by_tensor(weights: torch.Tensor) -> Packed:
     codes, scale = _fp8(weights), torch.tensor([0.3])
-    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor([2.0])}, codes.float() * 0.3
+    of_activations = {"input_scale": torch.tensor([2.0]), "output_scale": torch.tensor([3.0])}
+    return {"weight": codes, "weight_scale": scale, **of_activations}, codes.float() * 0.3
 
 
 @pytest.mark.parametrize(
@@ -270,6 +272,12 @@ def test_mxfp4_experts_become_matrices(gpt_oss: tuple[Path, Tensors]) -> None:
     _check_values(*gpt_oss, pre="gpt-2")
 
 
+def test_rules_reach_mxfp4_experts(gpt_oss: tuple[Path, Tensors]) -> None:
+    tensors = _opened(gpt_oss[0], pre="gpt-2").tensors
+    plan = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0).with_rules([TypeRule(re.compile("exps"), Type.TRIT3)], tensors)
+    assert {tensor.name for tensor in tensors if plan.type_of(tensor) is Type.TRIT3} == gpt_oss[1].keys()
+
+
 def test_mxfp4_experts_become_trit(gpt_oss: tuple[Path, Tensors], tmp_path: Path) -> None:
     plan = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
     written = hf_to_gguf(str(gpt_oss[0]), None, Job(plan, tmp_path / "x.gguf", threads=1), pre="gpt-2")
@@ -317,9 +325,16 @@ def test_schemes_that_another_file_names(file: str, name: str, folder: Path) -> 
     _refused(folder, name)
 
 
-def test_mlx(folder: Path) -> None:
-    _configure(folder, quantization={"group_size": 64, "bits": 4})
+@pytest.mark.parametrize("keys", [["quantization"], ["quantization", "quantization_config"]])
+def test_mlx(keys: list[str], folder: Path) -> None:
+    _configure(folder, **dict.fromkeys(keys, {"group_size": 64, "bits": 4}))
     _refused(folder, "MLX (4 bits)")
+
+
+def test_types_of_numbers_that_the_converter_does_not_read(folder: Path) -> None:
+    """As MLX has them in full."""
+    _quantize(folder, lambda weights: ({"weight": torch.zeros(len(weights), 8, dtype=torch.uint32)}, weights))
+    _refused(folder, "model.safetensors: tensor model.layers.0.mlp.down_proj.weight is U32")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])

@@ -70,7 +70,7 @@ def settings_of(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         raise TritError(f"{folder / 'config.json'}: quantization_config is no object with the settings of a scheme")
     settings = dict(settings)
     if "quant_method" not in settings:
-        settings["quant_method"] = method or _guess(settings)
+        settings["quant_method"] = method or _guess(settings, config)
     return settings
 
 
@@ -81,7 +81,10 @@ def _read(path: Path) -> Any:
         raise TritError(f"{path} is not valid JSON: {error}") from error
 
 
-def _guess(settings: dict[str, Any]) -> str:
+def _guess(settings: dict[str, Any], config: dict[str, Any]) -> str:
+    for key, method in _OTHER_KEYS.items():
+        if config.get(key) == settings:  # said twice, as MLX does
+            return method
     if "config_groups" in settings:
         return "compressed-tensors"
     if "quant_algo" in settings:

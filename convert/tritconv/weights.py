@@ -193,5 +193,5 @@ def _load_pickle(file: Path) -> Any:
 def _unreadable(file: Path, name: str, dtype: str) -> str:
     return (
         f"{file}: tensor {name} is {dtype}, which llama.cpp's converter does not read: "
-        "save the model in float32, bfloat16 or float16"
+        "convert the original checkpoint, or save it in float32, bfloat16 or float16"
     )
