@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tiny_gguf import write_tiny_model
 
+pytestmark = pytest.mark.build
+
 COMMAND = [sys.executable, "-m", "tritrun", "chat"]
 
 

@@ -49,7 +49,14 @@ def test_missing_model(command: list[str], tmp_path: Path) -> None:
     assert (result.stdout, result.stderr) == ("", f"error: {path}: no such file\n")
 
 
-@pytest.mark.parametrize("command", [["chat", "--prompt", "x"], ["bench"], ["perplexity", "--file", __file__]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["chat", "--prompt", "x"], marks=pytest.mark.build),
+        ["bench"],
+        ["perplexity", "--file", __file__],
+    ],
+)
 def test_model_that_does_not_fit(command: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("cli", "engine", "perplexity"):
         monkeypatch.setattr(f"tritrun.{module}.available_memory", lambda: 100_000)

@@ -19,6 +19,8 @@ from tritrun.comparison import contents
 from tritrun.machine import describe
 from tritrun.perplexity import Run
 
+pytestmark = pytest.mark.build
+
 CHUNKS, CONTEXT = 4, 64
 QUALITY = ["--chunks", str(CHUNKS), "--ctx", str(CONTEXT), "--threads", "1"]
 SPEED = ["--rounds", "2", "--prompt-tokens", "16", "--answer-tokens", "4"]

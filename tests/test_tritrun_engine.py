@@ -18,6 +18,8 @@ from tritrun.engine import Encoded, Engine, until
 from tritrun.llama import Sampling, load_bindings
 from tritrun.template import Message
 
+pytestmark = pytest.mark.build
+
 BOS = 1
 GREEDY = Sampling(temperature=0, top_p=1, seed=1)
 HELLO: list[Message] = [{"role": "user", "content": "hello"}]

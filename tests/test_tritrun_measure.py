@@ -98,6 +98,7 @@ def test_log_passes_over_what_it_does_not_know(line: str) -> None:
     assert (log.done, log.perplexity(), log.statistics()) == (0, None, {})
 
 
+@pytest.mark.build
 def test_perplexity(tiny_model: Path, text: Path) -> None:
     figures = json.loads(run("perplexity", tiny_model, "--file", text, *OPTIONS, "--json", "-").stdout)
     assert figures["chunks"] == CHUNKS
@@ -107,6 +108,7 @@ def test_perplexity(tiny_model: Path, text: Path) -> None:
     assert f"{figures['perplexity']['value']:.4f}" in table
 
 
+@pytest.mark.build
 def test_divergence_of_a_model_from_itself_is_nothing(tiny_model: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     table = run("perplexity", tiny_model, "-f", text, *OPTIONS, "--base", tiny_model, "--json", file).stdout
@@ -116,6 +118,7 @@ def test_divergence_of_a_model_from_itself_is_nothing(tiny_model: Path, text: Pa
     assert "KL divergence, mean" in table
 
 
+@pytest.mark.build
 def test_divergence_of_a_poor_copy(tiny_model: Path, poor_copy: Path, text: Path, tmp_path: Path) -> None:
     logits = tmp_path / "base.logits"
     command = ["perplexity", poor_copy, "-f", text, *OPTIONS, "--logits", logits, "--json", "-"]
@@ -130,6 +133,7 @@ def test_divergence_of_a_poor_copy(tiny_model: Path, poor_copy: Path, text: Path
     assert {file.name for file in tmp_path.iterdir()} == {"base.logits", "poor.gguf", "text.txt"}
 
 
+@pytest.mark.build
 def test_kept_logits_are_checked(tiny_model: Path, poor_copy: Path, text: Path, tmp_path: Path) -> None:
     logits = tmp_path / "base.logits"
     command = ["perplexity", poor_copy, "-f", text, *OPTIONS, "--logits", logits]
@@ -200,6 +204,7 @@ def test_a_divergence_that_is_no_number_is_an_error(tiny_model: Path) -> None:
         _divergence(read_text_model(tiny_model), log)
 
 
+@pytest.mark.build
 def test_damaged_weights_are_found_before_measuring(text: Path, tmp_path: Path) -> None:
     path = damaged(write_tiny_model(tmp_path / "damaged.gguf"))
     message = run("perplexity", path, "-f", text, *OPTIONS, exit_code=1).stderr
@@ -222,6 +227,7 @@ def test_names_are_shown_as_they_are(tiny_model: Path, text: Path, tmp_path: Pat
     assert f"error: {path}: no such file" in run("bench", path, f"{path}x", exit_code=1).stderr.replace("x: no", ": no")
 
 
+@pytest.mark.build
 def test_missing_and_short_texts(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     assert "no such text file" in run("perplexity", tiny_model, "-f", text, exit_code=1).stderr
@@ -231,6 +237,7 @@ def test_missing_and_short_texts(tiny_model: Path, tmp_path: Path) -> None:
     assert message.count("\n") == 1
 
 
+@pytest.mark.build
 def test_too_few_tokens_for_statistics(tiny_model: Path, text: Path) -> None:
     command = ["perplexity", tiny_model, "-f", text, "--ctx", 16, "--chunks", 2, "--base", tiny_model]
     assert "too few tokens, raise --chunks or --ctx" in run(*command, exit_code=1).stderr
@@ -359,6 +366,7 @@ def is_running(pid: int) -> bool:
         return not Path("/proc/self").exists()
 
 
+@pytest.mark.build
 def test_bench(tiny_model: Path, poor_copy: Path) -> None:
     table = run("bench", tiny_model, poor_copy, "-p", 16, "-n", 4, "-r", 2, "-t", 1).stdout
     assert all(text in table for text in ("tiny.gguf", "poor.gguf", "F16", "16.04", "±", "2 runs, 1 threads"))

@@ -11,6 +11,7 @@ import pytest
 from tiny_gguf import bare_gguf, damaged, string, tensor_entry, u32_entry, write_tiny_model
 from typer.testing import CliRunner
 
+from tritconv.cli import app as tritconv
 from tritconv.errors import TritError
 from tritrun.aborts import failed_check
 from tritrun.cli import app
@@ -192,6 +193,37 @@ def test_damaged_weights(tmp_path: Path, command: list[str]) -> None:
     if command[0] == "chat":
         assert "--no-check" in result.stderr
         assert CliRunner().invoke(app, [*command, "--no-check", str(path)]).exit_code == 0
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("command", COMMANDS[:2], ids=lambda command: command[0])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_damaged_trit_blocks(f16_trit: Callable[[int], Path], depth: int, command: list[str]) -> None:
+    path = f16_trit(depth)
+    assert CliRunner().invoke(app, [*command, str(path)]).exit_code == 0
+    model = read_text_model(path)
+    tensor = next(tensor for tensor in model.tensors if tensor.name == "blk.1.ffn_up.weight")
+    assert tensor.type.name == f"TRIT{depth}"
+    with path.open("r+b") as file:
+        file.seek(model.data_start + tensor.offset + tensor.n_bytes // 4 * 2)
+        file.write(b"\1\0" * 8)  # words that stand for no trits
+    result = CliRunner().invoke(app, [*command, str(path)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "tensor 'blk.1.ffn_up.weight' has invalid data" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def f16_trit(tiny_model: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """Converts the tiny model to TRIT of some depth."""
+
+    def convert(depth: int) -> Path:
+        path = tmp_path / f"TRIT{depth}.gguf"
+        result = CliRunner().invoke(tritconv, ["gguf-to-gguf", str(tiny_model), "--depth", str(depth), "-o", str(path)])
+        assert result.exit_code == 0, result.output
+        return path
+
+    return convert
 
 
 def split_in_two(source: Path, folder: Path) -> list[Path]:
