@@ -14,10 +14,12 @@ from gguf import GGUFReader
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from tritconv.checkpoint import find_checkpoint
 from tritconv.errors import TritError
 from tritconv.foreign_code import trusted
 from tritconv.hub import download
 from tritconv.weight_files import indexed
+from tritconv.weights import read_weights
 
 
 def _environment(home: Path, endpoint: str, **more: str) -> dict[str, str]:
@@ -160,14 +162,16 @@ def test_a_push_in_the_middle_mixes_no_commits(
         assert download("org/tiny", hub.COMMIT).name == hub.COMMIT
 
 
-def test_shards_of_any_name_that_the_index_lists(checkpoint: Path, tmp_path: Path) -> None:
+def test_shards_of_any_name_that_the_index_lists(
+    checkpoint: Path, ask: Callable[[hub.Hub], None], tmp_path: Path
+) -> None:
     folder = _copy(checkpoint, tmp_path / "model")
     _shard(folder, "weights [1].safetensors", "more/part-b.safetensors")
     save_file({}, folder / "unlisted.safetensors")
-    work = tmp_path / "work"
     with hub.serve({"org/tiny": folder}) as server:
-        done = _convert("org/tiny", work, _environment(tmp_path / "home", server.url))
-        assert done.returncode == 0, done.stderr
+        ask(server)
+        found = find_checkpoint("org/tiny")
+        assert set(read_weights(found)) == set(load_file(checkpoint / "model.safetensors"))
         assert not any("unlisted" in request for request in server.requests)
 
 
