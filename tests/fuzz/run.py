@@ -33,7 +33,7 @@ def commands(blocks: Path, work: Path, *options: str) -> dict[str, list[str]]:
     """
     targets = {
         "header": [sys.executable, str(HERE / "header.py"), f"-dict={HERE / 'header.dict'}", "-max_len=4096"],
-        "blocks": [str(blocks), f"-close_fd_mask={_STDERR}", "-max_len=1024"],
+        "blocks": [str(blocks), f"-close_fd_mask={_STDERR}", "-max_len=4096"],
     }
     made = {}
     for name, command in targets.items():
