@@ -166,6 +166,11 @@ def test_a_shard_is_missing(missing: int, index: bool, folder: Path) -> None:
     _refused(folder, f"model-0000{missing + 1}-of-00002.safetensors is missing")
 
 
+def test_a_name_that_speaks_of_very_many_shards(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / f"model-1-of-{'9' * 100}.safetensors")
+    _refused(folder, "it holds 1 of 99999")
+
+
 def test_shards_of_two_sets(folder: Path) -> None:
     _split(folder, ["model-00001-of-00002.safetensors", "model-00001-of-00003.safetensors"], index=False)
     _refused(folder, "several sets")

@@ -327,7 +327,7 @@ def test_schemes_that_another_file_names(file: str, name: str, folder: Path) -> 
 
 @pytest.mark.parametrize("keys", [["quantization"], ["quantization", "quantization_config"]])
 def test_mlx(keys: list[str], folder: Path) -> None:
-    _configure(folder, **dict.fromkeys(keys, {"group_size": 64, "bits": 4}))
+    _configure(folder, **{key: {"group_size": 64, "bits": 4} for key in keys})
     _refused(folder, "MLX (4 bits)")
 
 

@@ -21,6 +21,8 @@ _LAYOUTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 _SHARD = re.compile(r"(?P<set>.+)-(?P<number>\d+)-of-(?P<count>\d+)")
 
+_MOST_SHARDS = 100_000  # that a name is believed
+
 _ZIP = b"PK\x03\x04"  # how torch's files begin since 1.6
 
 
@@ -84,11 +86,11 @@ def _shards_by_name(folder: Path, stem: str, suffix: str) -> list[Path]:
         sets = " and ".join(f"{name} in {count}" for name, count in sorted(found))
         raise TritError(f"{folder} holds shards of several sets, {sets}, and no index says which: keep one of them")
     ((name, count), numbers) = found.popitem()
+    if int(count) > _MOST_SHARDS:
+        raise TritError(f"{folder} is incomplete: it holds {len(numbers)} of {int(count)} shards")
     first = 0 if int(min(numbers)) == 0 else 1
     width = len(numbers[0])
     expected = range(first, first + max(int(count), len(numbers)))
-    if len(expected) > 100_000:
-        raise TritError(f"{folder} is incomplete: it holds {len(numbers)} of {count} shards")
     return [folder / f"{name}-{number:0{width}d}-of-{count}{suffix}" for number in expected]
 
 
