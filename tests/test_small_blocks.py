@@ -15,6 +15,7 @@ from tritconv.encode import Encoder
 from tritconv.errors import RangeError
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, ZERO, anchor
 from tritconv.gguf_types import TRIT_TYPE
+from tritconv.lattice import LatticeImport
 from tritconv.methods import Quantizer, search
 from tritconv.methods.uniform import Uniform
 from tritconv.plan import Kind, SourceTensor
@@ -175,6 +176,20 @@ def test_a_tensor_that_is_small_as_a_whole_is_refused(dtype: type, depth: int, q
     values[:300, :128] = 0
     with pytest.raises(RangeError, match=r"block 2: largest weight .* is below the range .* too much of the tensor"):
         _encode(values, depth, quantizer)
+
+
+def test_small_blocks_of_a_lattice_are_searched() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-4, 5, (64 * 4, 64))
+    small = rng.random(64 * 4) < 0.1
+    blocks = (codes * np.where(small, 2.0**-14, 2.0**-7)[:, None]).astype(np.float32)
+    importer = LatticeImport(search.Search())
+    data = _encode(blocks.reshape(64, 256), 2, importer)
+    assert importer.n_imported == 1
+    assert "100.0% of the groups, 0.0% off at worst" in importer.remarks()[0]
+    decoded = unpack(2, data.reshape(-1, BYTES_PER_BLOCK[2])).decode()
+    assert np.array_equal(decoded[~small], blocks[~small])
+    assert np.array_equal(decoded[small], stored(blocks[small], 2).decode())
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from tritconv.cli import app
 from tritconv.codec import validate
+from tritconv.errors import NotFiniteError
 from tritconv.format import BYTES_PER_BLOCK
 from tritconv.gguf_types import TRIT_TYPE
+from tritconv.methods import gptq
 
 LAYERS = 2
 NAMES = {
@@ -54,9 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def convert(folder: Path, model: str, method: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+def convert(
+    folder: Path, model: str, method: str, monkeypatch: pytest.MonkeyPatch, cache: str = "cache"
+) -> tuple[Path, str]:
     """A file in TRIT2, and what was printed."""
-    monkeypatch.setenv("TRITCONV_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("TRITCONV_CACHE", str(folder / cache))
     target = folder / f"{model}-{method}.gguf"
     options: list[object] = ["--depth", 2, "--method", method, "-o", target, "--force"]
     if method == "imatrix":
@@ -111,6 +115,16 @@ def test_small_blocks_cost_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch
     as_stored, with_exact = divergences
     assert with_exact > 0
     assert as_stored <= 1.01 * with_exact
+
+
+def test_aims_that_blow_up_end_in_the_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blow_up(*_: object) -> None:
+        raise NotFiniteError(7)
+
+    monkeypatch.setattr(gptq, "quantize", blow_up)
+    target, _ = convert(folder, "model", "gptq", monkeypatch, cache="another")
+    types = {t.name: t.tensor_type for t in GGUFReader(target).tensors if ".ffn_" in t.name or ".attn_" in t.name}
+    assert {types[f"blk.{layer}.{name}.weight"] for layer in range(LAYERS) for name in NAMES} == {TRIT_TYPE[2]}
 
 
 @pytest.mark.parametrize("method", ["search", "gptq"])
