@@ -104,6 +104,8 @@ def test_a_template_that_changes_what_is_said() -> None:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("always the same", "leaves out the user's message"),
         ("", "leaves out the user's message"),
+        ("{{ messages[0].content }}" * 20_000, "it has 500000 characters"),
+        ("{{" + "(" * 9_000, "recursion"),
     ],
 )
 def test_a_template_of_no_use_says_why(source: str, reason: str) -> None:

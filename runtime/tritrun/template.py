@@ -31,6 +31,7 @@ class Message(TypedDict):
     content: str
 
 
+_LONGEST = 1 << 18  # characters; real ones have up to 30,000
 _SECONDS = 2.0  # for one rendering, which usually takes milliseconds
 _BYTES = 1 << 28
 _MAX_REPEATED = 1 << 24  # elements that `text * n` may make
@@ -104,6 +105,8 @@ class ChatTemplate:
         Raises:
             BadTemplateError: it is not Jinja, it fails, or it leaves out what the user says.
         """
+        if len(source) > _LONGEST:
+            raise BadTemplateError(f"it has {len(source)} characters")
         self._variables: dict[str, object] = dict(special_tokens)
         self._forms: dict[Role, _Form] = dict.fromkeys(("system", "user", "assistant"), _as_text)
         self._needs_system = False
