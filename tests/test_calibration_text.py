@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from tritconv import calibrate
 from tritconv.calibration import documents, rare_words
 from tritconv.calibration.documents import Document, read
 from tritconv.calibration.text import Text, TextOptions, check_memory, render, sequences
@@ -162,6 +164,7 @@ def test_arrays_and_records_one_after_the_other(name: str, indent: int | None, a
             "<s>user: Say something.</s><s>assistant: No.</s><s>assistant: </s>",
         ),
         (MESSAGES, "<s>user: Say something.</s><s>assistant: No.</s>"),
+        ([MESSAGES], "<s>user: Say something.</s><s>assistant: No.</s>"),
     ],
 )
 def test_records(record: Any, text: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -300,6 +303,16 @@ def test_placeholders_become_words_of_the_vocabularys_pieces(tokenizer: Any, mon
 def test_a_vocabulary_without_words_leaves_placeholders(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "get_vocab", lambda: {"<unk>": 0, "▁一": 1, "二": 2})
     assert rare_words.fill([Text("<unk> a")], tokenizer, seed=0) == ([Text("<unk> a")], 0)
+
+
+def test_sequences_are_cut_to_what_the_model_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    def length(longest: int | None) -> int:
+        return calibrate._fitting(options_of(1), SimpleNamespace(longest=longest)).length  # type: ignore[arg-type]
+
+    assert (length(None), length(LENGTH)) == (LENGTH, LENGTH)
+    assert not capsys.readouterr().err
+    assert length(20) == 20
+    assert "the model takes 20 tokens at a time: so long are the sequences, not 32" in capsys.readouterr().err
 
 
 def test_more_than_the_memory_holds() -> None:

@@ -111,7 +111,7 @@ Calibrate = Annotated[
     typer.Option(
         "--calibrate",
         metavar="FILE",
-        help="Text to calibrate on, or JSON lines with text or messages. Repeatable.",
+        help="Text to calibrate on, or JSON with texts or conversations; a file or a pipe. Repeatable.",
         show_default=False,
     ),
 ]

@@ -349,6 +349,8 @@ class _JsonText:
 def _document(record: Any, place: str) -> Document:
     if isinstance(record, str):
         return Document(_text(record), place)
+    if isinstance(record, list):
+        return _conversation(record, None, place)
     if not isinstance(record, dict):
         raise TritError(f"{place}: {_EXPECTED}, not {type(record).__name__}")
     for name in ("messages", "conversations"):
