@@ -4,25 +4,28 @@ Two models run side by side, a layer at a time: the full-precision one, and the 
 with a layer's inputs already is known to the method that quantizes the layer.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 import torch
 
-from tritconv.calibration.matrices import Matrix, matrices_of, stages
+from tritconv.calibration.matrices import Matrix, stages
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import LayerStreams, Moments
 from tritconv.calibration.outputs import OutputMoments
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
 from tritconv.codec import Blocks, pack, unpack
-from tritconv.errors import RangeError
+from tritconv.errors import NotFiniteError, RangeError
 from tritconv.format import BYTES_PER_BLOCK
 from tritconv.methods import gptq, search
 
 _LEAST_TOKENS = 256  # below that, an expert's Hessian says too little about its inputs
+_METHOD = "gptq"
 _OFFSET = "offset:"  # before the name of a matrix, among what was made of a layer
+_NOTES = "notes:"  # JSON among it: `remarks`, and the names of matrices that were `searched` only
 
 Depths = Mapping[Place, int]  # trits per weight of the matrices to quantize
 
@@ -57,6 +60,8 @@ class LayerQuantizer:
         self.blocks: dict[Place, np.ndarray] = {}
         self.offsets: dict[Place, np.ndarray] = {}
         self.remarks: list[str] = []
+        self._searched: set[Place] = set()
+        self._notes: dict[str, list[str]] = {}  # of the layer in work
 
     def run(self, tokens: torch.Tensor, on_layer: OnLayer) -> None:
         """Quantize all layers.
@@ -64,6 +69,12 @@ class LayerQuantizer:
         Args:
             tokens: int64 (sequences, length).
         """
+        kept = [self._load(index) for index in range(len(self._model.layers))]
+        whole = [layer for layer in kept if layer is not None]
+        if len(whole) == len(kept):
+            for index, layer in enumerate(whole):
+                self._take(index, layer)
+            return
         outputs = OutputMoments(self._model, tokens, self._seed)
         on_layer(0, "embeddings")
         quantized_in = full_in = self._model.embed(tokens)
@@ -71,29 +82,38 @@ class LayerQuantizer:
             full = self._model.working_copy(index)
             quantized = self._model.working_copy(index)
             full_out = self._model.run_all(index, full, full_in)
-            done = self._store.load(index)
-            if done is None or (self._keep_offsets and not any(key.startswith(_OFFSET) for key in done)):
+            done = kept[index]
+            if done is None:
                 streams = LayerStreams(self._model, index, quantized, full, quantized_in, full_in, full_out)
                 done = self._quantize_layer(streams, outputs, on_layer)
                 self._store.save(index, done)
-            self._note(index, done)
+            self._take(index, done)
             self.write_into(quantized, index)
             quantized_in = self._model.run_all(index, quantized, quantized_in)
             full_in = full_out
 
     def write_into(self, layer: torch.nn.Module, index: int) -> None:
         """Give a layer that stands at `index` its quantized weights."""
-        for matrix in matrices_of(layer):
+        for matrix in self._wanted(index):
             if (data := self.blocks.get((index, matrix))) is not None:
                 _set_weights(layer, matrix, data, self._depths[index, matrix])
+
+    def method_of(self, place: Place) -> str:
+        """The method by which the blocks of a matrix were made."""
+        return search.Search.name if place in self._searched else _METHOD
+
+    def _wanted(self, index: int) -> list[Matrix]:
+        """The matrices of a layer to quantize."""
+        return [matrix for number, matrix in self._depths if number == index]
 
     def _quantize_layer(
         self, streams: LayerStreams, outputs: OutputMoments, on_layer: OnLayer
     ) -> dict[str, np.ndarray]:
         """Blocks and offsets of a layer, by name."""
         done: dict[str, np.ndarray] = {}
+        self._notes = {"remarks": [], "searched": []}
         layer, index = streams.quantized, streams.index
-        wanted = [matrix for matrix in matrices_of(layer) if (index, matrix) in self._depths]
+        wanted = self._wanted(index)
         of_all = [matrix for matrix in wanted if not matrix.is_expert]  # few tokens come to an expert
         worth = outputs.of(index, streams.full, of_all, streams.full_in, lambda what: on_layer(index, what))
         first = streams.quantized_in[:1].to(self._model.device)
@@ -108,6 +128,7 @@ class LayerQuantizer:
                     _set_weights(layer, matrix, data, self._depths[index, matrix])
                     if self._keep_offsets and offset is not None:
                         done[_OFFSET + str(matrix)] = offset.to(torch.float16).cpu().numpy()
+        done[_NOTES] = np.frombuffer(json.dumps(self._notes).encode(), dtype=np.uint8)
         return done
 
     def _groups(self, index: int, stage: Sequence[Matrix]) -> list[list[Matrix]]:
@@ -126,13 +147,17 @@ class LayerQuantizer:
     ) -> dict[Matrix, tuple[np.ndarray, torch.Tensor | None]]:
         """The blocks of matrices with the same input, and their codes before rounding, if there are such.
 
-        A matrix that its type cannot hold is left out.
+        A matrix that its type cannot hold is left out: the writer will store it in another type.
         """
         depth = self._depths[streams.index, group[0]]
+        # the experts of a tensor are judged together, by the writer
+        group = [m for m in group if m.is_expert or search.reaches(m.of(streams.full).cpu().numpy(), depth)]
+        if not group:
+            return {}
         weights = [matrix.of(streams.full) for matrix in group]
         one = moments[group[0]]
         if group[0].is_expert and one.n_tokens < _LEAST_TOKENS:
-            self.remarks.append(
+            self._notes["remarks"].append(
                 f"layer {streams.index}, {group[0]}: {one.n_tokens} tokens came to it, so it went by weighted search"
             )
             return self._search(group, weights, depth, one)
@@ -140,7 +165,7 @@ class LayerQuantizer:
         together = Moments(one.hessian, torch.cat(pulls, dim=1) if None not in pulls else None, one.n_tokens)
         try:
             rounded = gptq.quantize(torch.cat(weights), depth, together, [worth[m] for m in group if m in worth])
-        except RangeError:
+        except (RangeError, NotFiniteError):  # the errors of the columns before have blown up
             return self._search(group, weights, depth, one)
         n_rows = [len(values) for values in weights]
         data = np.split(pack(rounded.blocks).reshape(sum(n_rows), -1), np.cumsum(n_rows)[:-1])
@@ -152,13 +177,25 @@ class LayerQuantizer:
         importance = moments.hessian.diagonal().cpu().numpy() if moments.n_tokens else None
         found: dict[Matrix, tuple[np.ndarray, torch.Tensor | None]] = {}
         for matrix, values in zip(group, weights, strict=True):
-            with suppress(RangeError):  # the writer will meet it too, and store the tensor in another type
+            with suppress(RangeError):
                 found[matrix] = search.quantize(values.cpu().numpy(), depth, importance), None
+                self._notes["searched"].append(str(matrix))
         return found
 
-    def _note(self, index: int, done: Mapping[str, np.ndarray]) -> None:
+    def _load(self, index: int) -> dict[str, np.ndarray] | None:
+        """What is kept of a layer, if that is all that is wanted."""
+        done = self._store.load(index)
+        if done is None or _NOTES not in done:
+            return None
+        return None if self._keep_offsets and not any(key.startswith(_OFFSET) for key in done) else done
+
+    def _take(self, index: int, done: Mapping[str, np.ndarray]) -> None:
         """Take what was made of a layer."""
-        for matrix in matrices_of(self._model.layers[index]):
+        notes = json.loads(done[_NOTES].tobytes())
+        self.remarks += notes["remarks"]
+        for matrix in self._wanted(index):
+            if str(matrix) in notes["searched"]:
+                self._searched.add((index, matrix))
             if (data := done.get(str(matrix))) is not None:
                 self.blocks[index, matrix] = data
             if (offset := done.get(_OFFSET + str(matrix))) is not None:

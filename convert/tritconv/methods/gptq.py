@@ -28,8 +28,6 @@ from tritconv.errors import TritError
 from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
 from tritconv.methods import search
 
-VERSION = 3  # of what this makes: what an older one kept is not taken for this one's
-
 # The damping shrinks the correlations of the inputs: it is so many times the Hessian's own diagonal, added to it. The
 # fewer tokens there are for each column, the less the Hessian of this text says about other texts; and however many
 # there are, other texts are other texts. docs/quality.md has the measurement.
@@ -71,7 +69,8 @@ def quantize(weights: torch.Tensor, depth: int, moments: Moments, outputs: Seque
             its outputs. Without them rows are nothing to each other.
 
     Raises:
-        RangeError: a block lies outside the range of the scale codebook.
+        RangeError: a block lies above the range of the scale codebook, once it has taken the errors of others.
+        NotFiniteError: these errors have grown without bound.
     """
     columns = _Columns(moments)
     aims = weights.T.contiguous()
