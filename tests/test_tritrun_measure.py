@@ -197,6 +197,13 @@ def test_a_perplexity_that_is_no_number_is_an_error(
     assert result.stderr.count("\n") == 1
 
 
+def test_places_that_cannot_be_written_are_found_first(fake_tools: Path, tiny_model: Path, text: Path) -> None:
+    put_tool(fake_tools, "llama-perplexity", f"touch '{fake_tools}/started'; exit 1")
+    message = run("perplexity", tiny_model, "-f", text, "--json", fake_tools / "no" / "f.json", exit_code=1).stderr
+    assert "there is no folder" in message
+    assert not (fake_tools / "started").exists()
+
+
 def test_a_divergence_that_is_no_number_is_an_error(tiny_model: Path) -> None:
     log = read_log("kl_divergence.jsonl")
     log._text = log._text.replace("0.473453", "     inf")

@@ -142,6 +142,8 @@ def perplexity(
 ) -> None:
     """Measure how well a model predicts a text, with llama.cpp's own llama-perplexity."""
     variants.force(cpu)
+    if json and json != "-":
+        check_writable(Path(json))
     run = Run(file, ctx, chunks, threads or physical_cores())
     result = run.measure(read_text_model(model), read_text_model(base) if base else None, logits)
     if json == "-":

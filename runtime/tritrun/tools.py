@@ -15,6 +15,7 @@ from pathlib import Path
 from tritconv.errors import TritError
 from tritrun.aborts import NO_BACKTRACE, failed_check
 
+_SECONDS_TO_DRAIN = 5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BIN_DIR = "TRITRUN_BIN_DIR"  # for developers of llama.cpp: a build folder to take the programs from
 
@@ -127,13 +128,14 @@ def run_tool(
         for line in process.stdout:
             on_stdout(line)
         exit_code = process.wait()
-        drainer.join()
+        drainer.join(_SECONDS_TO_DRAIN)
     finally:
         process.kill()
         process.wait()
-        drainer.join()
         process.stdout.close()
-        stderr.close()
+        drainer.join(_SECONDS_TO_DRAIN)
+        if not drainer.is_alive():  # a child of the program may hold the other end
+            stderr.close()
     return Finished(exit_code, failed if exit_code < 0 and failed else last_line)
 
 
