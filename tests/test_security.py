@@ -139,6 +139,14 @@ def test_no_converter_class_runs_code(victim: Path, marker: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
+def test_a_kernel_for_attention(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kernel"
+    shutil.copytree(checkpoint, folder)
+    _change(folder / "config.json", attn_implementation="evil/kernel@main:attention")
+    with pytest.raises(TritError, match=r"would run code from evil/kernel.*--trust-remote-code"):
+        load(folder)
+
+
 @pytest.mark.slow
 def test_trusted_code_runs(checkpoint: Path, marker: Path, tmp_path: Path) -> None:
     """A tokenizer and a model of the checkpoint's own, converted and calibrated."""

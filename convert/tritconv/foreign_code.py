@@ -72,6 +72,17 @@ def guard() -> None:
         sys.addaudithook(_Hook())
 
 
+def check_attention(config: Any, name: str) -> None:
+    """See that a configuration of transformers names no code of the hub to compute attention with.
+
+    Raises:
+        ForeignCodeError: it does.
+    """
+    kernel = getattr(config, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel and not _trusted:
+        raise ForeignCodeError(f"{name} would run code from {kernel} to compute attention: {_ADVICE}")
+
+
 def _answer(
     trust_remote_code: bool | None,
     model_name: str | os.PathLike[str],

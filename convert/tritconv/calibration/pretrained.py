@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from tritconv.errors import TritError, first_line
-from tritconv.foreign_code import guard
+from tritconv.foreign_code import check_attention, guard
 
 # The types of weights in safetensors files that transformers can compute in, the wider ones narrowed.
 _FLOATS = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -55,6 +55,7 @@ def load(folder: Path, gguf_file: str | None = None) -> Pretrained:
         options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
         config = AutoConfig.from_pretrained(**source)
+        check_attention(config, name)
         auto_class = _class(config, name)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, info = auto_class.from_pretrained(**source, **options, output_loading_info=True)
