@@ -1,6 +1,7 @@
 """What calibration reaches of a model, and that it says so before it works. No compiled llama.cpp is needed."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
@@ -20,12 +21,15 @@ from tritconv.calibration import model as model_module
 from tritconv.calibration.documents import Document
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.moments import Moments
 from tritconv.calibration.reach import Reach, find_reach
 from tritconv.calibration.rows import RowIndex
 from tritconv.calibration.text import TextOptions
+from tritconv.codec import pack
 from tritconv.errors import TritError
 from tritconv.gguf_types import TRIT_TYPE
 from tritconv.hf import Checkpoint, open_checkpoint
+from tritconv.methods import gptq, search
 from tritconv.methods.tune import TuneOptions
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.workers import Workers
@@ -387,14 +391,15 @@ def test_transposed_matrices_are_tuned(tmp_path: Path, monkeypatch: pytest.Monke
     check_near(found, folder)
 
 
+def doubled(tensor: SourceTensor) -> Callable[[], np.ndarray]:
+    return lambda: tensor.load() * 2
+
+
 def test_a_kind_that_is_missed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the text is looked at."""
     folder = make(tmp_path / "model")
     source = opened(folder)
-    tensors = [
-        replace(tensor, load=lambda tensor=tensor: tensor.load() * 2) if "attn_k" in tensor.name else tensor
-        for tensor in source.tensors
-    ]
+    tensors = [replace(one, load=doubled(one)) if "attn_k" in one.name else one for one in source.tensors]
     options = CalibrationOptions(TextOptions([], (), 256, 64))
     with pytest.raises(TritError, match="does not reach attn_k") as caught:
         calibrate(Origin(folder), source.header.arch, tensors, PLAN, options)
@@ -408,6 +413,25 @@ def test_threads_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(TritError):
         calibrate(Origin(tmp_path), "llama", [], PLAN, CalibrationOptions(TextOptions([], (), 256, 64), threads=3))
     assert asked == [3]
+
+
+def test_the_search_of_scales_is_the_same_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, x = (torch.randn(rows, 128, generator=generator) for rows in (400, 500))
+    parts: list[int] = []
+    plain = search.quantize
+
+    def watched(weights: np.ndarray, depth: int, importance: np.ndarray) -> np.ndarray:
+        parts.append(len(weights))
+        return plain(weights, depth, importance)
+
+    monkeypatch.setattr(search, "quantize", watched)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(pack(gptq.quantize(weights, 2, Moments(x.T @ x, None, len(x))).blocks))
+    assert set(parts) == {400, 134, 133}
+    assert (found[0] == found[1]).all()
 
 
 def test_layers_with_inputs_of_their_own(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ Matrices are transposed here, (n, rows): the rows of a step lie together.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -246,10 +248,24 @@ def _search_scales(weights: torch.Tensor, factor: torch.Tensor, depth: int) -> t
     The importance of a column is what its error costs once the columns after it have made up for it.
     """
     importance = factor.diagonal() ** -2
-    data = search.quantize(weights.T.cpu().numpy(), depth, importance.cpu().numpy())
+    data = _search(weights.T.contiguous().cpu().numpy(), depth, importance.cpu().numpy())
     blocks = unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth]))
     scales = torch.from_numpy(blocks.group_scales()).to(weights.device)
     return scales.T.repeat_interleave(GROUP_SIZE, dim=0).contiguous(), blocks.scales
+
+
+def _search(weights: np.ndarray, depth: int, importance: np.ndarray) -> np.ndarray:
+    """As `search.quantize`, by as many threads as torch computes with: rows have nothing to do with each other."""
+    count = min(torch.get_num_threads(), max(len(weights) // _LEAST_ROWS, 1))
+    if count == 1:
+        return search.quantize(weights, depth, importance)
+    parts = np.array_split(weights, count)
+    return np.concatenate(list(_pool(count).map(lambda part: search.quantize(part, depth, importance), parts)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 def _feed_back_block(
