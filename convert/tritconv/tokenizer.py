@@ -76,6 +76,8 @@ class TokenizerReading:
         if self.pre is not None and not self._pre_was_asked_for:
             raise TritError(f"--pre {self.pre}: the tokenizer of {self.dir_model} takes no pre-tokenizer: leave it out")
         header = self.gguf_writer.kv_data[0]
+        if Keys.Tokenizer.LIST not in header:
+            return  # a model that does without
         if header[Keys.Tokenizer.MODEL].value in _MODELS_WITH_MERGES and Keys.Tokenizer.MERGES not in header:
             raise TritError(_no_merges(self.dir_model))
         _add_ends(self.dir_model, self.gguf_writer)
