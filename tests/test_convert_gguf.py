@@ -14,6 +14,8 @@ from tritconv.codec import unpack
 from tritconv.format import BYTES_PER_BLOCK, DEPTHS
 from tritconv.model_file import read_model_file
 
+pytestmark = pytest.mark.build
+
 
 def _fails(*arguments: object, words: tuple[str, ...], code: int = 1) -> None:
     done = tritconv(*arguments)

@@ -102,6 +102,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_imatrix(path)
 
 
+@pytest.mark.build
 def test_not_an_imatrix_file(made_by_llama: Path, f16_gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(TritError, match="no such file"):
         read_imatrix(tmp_path / "none.gguf")
@@ -121,6 +122,7 @@ def _old(path: Path, entries: list[tuple[bytes, int, np.ndarray]]) -> Path:
     return path
 
 
+@pytest.mark.build
 def test_the_old_format_says_the_same(made_by_llama: Path, f16_gguf: Path, tmp_path: Path) -> None:
     old, new = tmp_path / "old.dat", tmp_path / "new.gguf"
     command = [str(ggml.tool("llama-imatrix")), "-m", str(f16_gguf), "--in-file"]
@@ -133,6 +135,7 @@ def test_the_old_format_says_the_same(made_by_llama: Path, f16_gguf: Path, tmp_p
         assert all(np.allclose(got[name], wanted[name], rtol=1e-5) for name in wanted)
 
 
+@pytest.mark.build
 def test_the_old_format_for_experts(experts_gguf: Path, tmp_path: Path) -> None:
     """As llama-quantize takes it: mean squares of each expert, and ones for those that saw no token."""
     made_up = _made_up(experts_gguf)
@@ -208,6 +211,7 @@ def test_bad_headers(what: str, tmp_path: Path) -> None:
         read_imatrix(path)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_same_blocks_as_llama_quantize(depth: int, made_by_llama: Path, f16_gguf: Path, tmp_path: Path) -> None:
     theirs, ours, plain = tmp_path / "theirs.gguf", tmp_path / "ours.gguf", tmp_path / "plain.gguf"
@@ -249,6 +253,7 @@ def _made_up(model: Path, skip: str = "-") -> dict[str, np.ndarray]:
     return tensors
 
 
+@pytest.mark.build
 def test_experts_have_their_own_importances(experts_gguf: Path, tmp_path: Path) -> None:
     imatrix = _write(tmp_path / "imatrix.gguf", _made_up(experts_gguf))
     theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
@@ -271,6 +276,7 @@ def test_experts_have_their_own_importances(experts_gguf: Path, tmp_path: Path) 
         assert same == [False, True, False, False]
 
 
+@pytest.mark.build
 def test_matrices_without_importances_are_named(experts_gguf: Path, tmp_path: Path) -> None:
     imatrix = _write(tmp_path / "imatrix.gguf", _made_up(experts_gguf, skip="blk.1.attn_v"))
     ours, plain = tmp_path / "ours.gguf", tmp_path / "plain.gguf"
@@ -282,6 +288,7 @@ def test_matrices_without_importances_are_named(experts_gguf: Path, tmp_path: Pa
     assert [name for name in got if got[name] == other[name]] == ["blk.1.attn_v.weight"]
 
 
+@pytest.mark.build
 def test_of_another_model(experts_gguf: Path, f16_gguf: Path, tmp_path: Path) -> None:
     tensors = _made_up(f16_gguf)
     tensors["blk.1.ffn_up.weight.in_sum2"] = np.ones((2, 192), np.float32)
@@ -312,6 +319,7 @@ def test_options_that_do_not_go_together(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.build
 def test_from_a_checkpoint_as_from_gguf(checkpoint: Path, f16_gguf: Path, made_by_llama: Path, tmp_path: Path) -> None:
     from_hf, from_gguf = tmp_path / "hf.gguf", tmp_path / "gguf.gguf"
     options = ("--depth", 3, "--imatrix", made_by_llama)
