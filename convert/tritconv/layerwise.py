@@ -62,6 +62,7 @@ class LayerQuantizer:
         self.remarks: list[str] = []
         self._searched: set[Place] = set()
         self._notes: dict[str, list[str]] = {}  # of the layer in work
+        self._few: list[int] = []  # tokens that came to its experts' matrices where they were too few
 
     def run(self, tokens: torch.Tensor, on_layer: OnLayer) -> None:
         """Quantize all layers.
@@ -112,6 +113,7 @@ class LayerQuantizer:
         """Blocks and offsets of a layer, by name."""
         done: dict[str, np.ndarray] = {}
         self._notes = {"remarks": [], "searched": []}
+        self._few = []
         layer, index = streams.quantized, streams.index
         wanted = self._wanted(index)
         of_all = [matrix for matrix in wanted if not matrix.is_expert]  # few tokens come to an expert
@@ -128,6 +130,11 @@ class LayerQuantizer:
                     _set_weights(layer, matrix, data, self._depths[index, matrix])
                     if self._keep_offsets and offset is not None:
                         done[_OFFSET + str(matrix)] = offset.to(torch.float16).cpu().numpy()
+        if self._few:
+            self._notes["remarks"].append(
+                f"layer {index}: at most {max(self._few)} tokens came to {len(self._few)} of the experts' matrices, so "
+                "they went by weighted search: a longer text (--calib-tokens) reaches more"
+            )
         done[_NOTES] = np.frombuffer(json.dumps(self._notes).encode(), dtype=np.uint8)
         return done
 
@@ -157,9 +164,7 @@ class LayerQuantizer:
         weights = [matrix.of(streams.full) for matrix in group]
         one = moments[group[0]]
         if group[0].is_expert and one.n_tokens < _LEAST_TOKENS:
-            self._notes["remarks"].append(
-                f"layer {streams.index}, {group[0]}: {one.n_tokens} tokens came to it, so it went by weighted search"
-            )
+            self._few.append(one.n_tokens)
             return self._search(group, weights, depth, one)
         pulls = [moments[matrix].pull for matrix in group]
         together = Moments(one.hessian, torch.cat(pulls, dim=1) if None not in pulls else None, one.n_tokens)
