@@ -209,6 +209,8 @@ def calibrate(
         texts, n_made_up = rare_words.fill(render(text.documents, model.tokenizer), model.tokenizer, text.seed)
         tokens = sequences(texts, text, model.tokenizer)
         check_memory(tokens.numel() + options.own_tokens, text.length, model.width)
+    if text.length < options.text.length:
+        note(f"the model takes {text.length} tokens at a time: so long are the sequences, not {options.text.length}")
     if n_made_up:
         note(f"the text has {rare_words.PLACEHOLDER} for {n_made_up} rare words: made-up ones stand in for them")
     held_out = tokens[:0]
@@ -272,7 +274,6 @@ def _fitting(text: TextOptions, model: LayeredModel) -> TextOptions:
     """The options with sequences as long as the model takes, at most."""
     if model.longest is None or text.length <= model.longest:
         return text
-    note(f"the model takes {model.longest} tokens at a time: so long are the sequences, not {text.length}")
     return replace(text, length=model.longest)
 
 
