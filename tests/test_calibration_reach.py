@@ -1,10 +1,11 @@
 """What calibration reaches of a model, and that it says so before it works. No compiled llama.cpp is needed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import Moments
 from tritconv.calibration.reach import Reach, find_reach
-from tritconv.calibration.rows import RowIndex
+from tritconv.calibration.rows import RowIndex, RowMap
 from tritconv.calibration.text import TextOptions
 from tritconv.codec import pack
 from tritconv.errors import TritError
@@ -119,6 +120,18 @@ def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that tests copy before they change it."""
+    return make(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def plain(llama: Path) -> Mapping[str, RowMap]:
+    """Where its rows are, none of them like another."""
+    return trace(llama).reach.maps
+
+
 @dataclass
 class Traced:
     """A checkpoint as calibration sees it."""
@@ -152,7 +165,7 @@ def check_rows(traced: Traced, folder: Path, rtol: float = 0) -> None:
         np.testing.assert_allclose(rows.gather(parts), values.reshape(-1, values.shape[-1]), rtol=rtol)
 
 
-@pytest.mark.parametrize("architecture", [name for name in _SPECIFIC if name != "Gemma3n"])
+@pytest.mark.parametrize("architecture", ["Llama", "Phi3", "Falcon", "Llava"])
 def test_all_matrices_are_reached(architecture: str, tmp_path: Path) -> None:
     traced = trace(make(tmp_path / "model", architecture))
     matrices = [tensor.name for tensor in traced.tensors if tensor.kind is Kind.MATRIX]
@@ -233,9 +246,8 @@ def repeat_a_matrix(weights: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("spoil", [zero_some_rows, zero_a_layer, repeat_a_layer, repeat_a_matrix])
-def test_rows_that_are_alike(spoil: Any, tmp_path: Path) -> None:
-    folder = make(tmp_path / "model")
-    plain = trace(folder).reach.maps
+def test_rows_that_are_alike(spoil: Any, llama: Path, plain: Mapping[str, RowMap], tmp_path: Path) -> None:
+    folder = copytree(llama, tmp_path / "model")
     weights = weights_of(folder)
     spoil(weights)
     save(folder, weights)
@@ -281,8 +293,8 @@ def test_rows_go_on_as_the_rows_around_them() -> None:
     assert (found.row == order).all()
 
 
-def test_a_head_that_is_missing_is_the_embeddings(tmp_path: Path) -> None:
-    folder = make(tmp_path / "model")
+def test_a_head_that_is_missing_is_the_embeddings(llama: Path, tmp_path: Path) -> None:
+    folder = copytree(llama, tmp_path / "model")
     weights = weights_of(folder)
     del weights["lm_head.weight"]
     save(folder, weights)
@@ -290,8 +302,8 @@ def test_a_head_that_is_missing_is_the_embeddings(tmp_path: Path) -> None:
     assert torch.equal(model._model.lm_head.weight, weights["model.embed_tokens.weight"])
 
 
-def test_a_head_beside_tied_embeddings_is_the_one_of_the_file(tmp_path: Path) -> None:
-    folder = make(tmp_path / "model")
+def test_a_head_beside_tied_embeddings_is_the_one_of_the_file(llama: Path, tmp_path: Path) -> None:
+    folder = copytree(llama, tmp_path / "model")
     change(folder, tie_word_embeddings=True)
     head = weights_of(folder)["lm_head.weight"]
     model = LayeredModel(folder)
@@ -303,8 +315,8 @@ def test_a_head_beside_tied_embeddings_is_the_one_of_the_file(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
 )
-def test_missing_weights_are_an_error(name: str, tmp_path: Path) -> None:
-    folder = make(tmp_path / "model")
+def test_missing_weights_are_an_error(name: str, llama: Path, tmp_path: Path) -> None:
+    folder = copytree(llama, tmp_path / "model")
     weights = weights_of(folder)
     del weights[name]
     save(folder, weights)
@@ -312,11 +324,9 @@ def test_missing_weights_are_an_error(name: str, tmp_path: Path) -> None:
         LayeredModel(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"]
-)
-def test_values_that_are_not_finite(name: str, tmp_path: Path) -> None:
-    folder = make(tmp_path / "model")
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_values_that_are_not_finite(name: str, llama: Path, tmp_path: Path) -> None:
+    folder = copytree(llama, tmp_path / "model")
     weights = weights_of(folder)
     weights[name].view(-1)[7] = torch.nan
     save(folder, weights)
@@ -343,8 +353,16 @@ def check_near(calibration: Calibration, folder: Path) -> None:
             assert np.corrcoef(found.ravel(), values.ravel())[0, 1] > 0.9, tensor.name
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["GPT2", "Phi", "StableLm", "Starcoder2"])
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("GPT2", torch.float32),
+        ("GPT2", torch.bfloat16),
+        ("Phi", torch.bfloat16),
+        ("StableLm", torch.float32),
+        ("Starcoder2", torch.bfloat16),
+    ],
+)
 def test_layer_norms_in_half_precision(
     architecture: str, precision: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,9 +413,9 @@ def doubled(tensor: SourceTensor) -> Callable[[], np.ndarray]:
     return lambda: tensor.load() * 2
 
 
-def test_a_kind_that_is_missed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_that_is_missed_is_an_error(llama: Path) -> None:
     """Before the text is looked at."""
-    folder = make(tmp_path / "model")
+    folder = llama
     source = opened(folder)
     tensors = [replace(one, load=doubled(one)) if "attn_k" in one.name else one for one in source.tensors]
     options = CalibrationOptions(TextOptions([], (), 256, 64))
@@ -445,8 +463,8 @@ def test_layers_with_inputs_of_their_own(tmp_path: Path) -> None:
     ("kind", "reason"),
     [("t5", "encoder-decoder"), ("vit", "no language model"), ("made_up", "transformers cannot load it")],
 )
-def test_models_that_are_not_known(kind: str, reason: str, tmp_path: Path) -> None:
-    folder = make(tmp_path / "model")
+def test_models_that_are_not_known(kind: str, reason: str, llama: Path, tmp_path: Path) -> None:
+    folder = copytree(llama, tmp_path / "model")
     change(folder, model_type=kind)
     with pytest.raises(TritError, match=reason) as caught:
         LayeredModel(folder)

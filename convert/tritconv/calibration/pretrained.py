@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from tritconv.errors import TritError, first_line
 from tritconv.foreign_code import check_attention, guard
+from tritconv.weights import find_weights
 
 # The types of weights in safetensors files that transformers can compute in, the wider ones narrowed.
 _FLOATS = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,8 +50,9 @@ def load(folder: Path, gguf_file: str | None = None) -> Pretrained:
     logging.disable_progress_bar()
     name = str(folder if gguf_file is None else folder / gguf_file)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-    options: dict[str, Any] = {"dtype": _dtype(folder), "low_cpu_mem_usage": True}
-    if gguf_file is not None:
+    if gguf_file is None:
+        options: dict[str, Any] = {"dtype": _dtype(folder)}
+    else:
         source["gguf_file"] = gguf_file
         options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
@@ -101,8 +103,8 @@ def _complete(model: Any, missing: Collection[str], name: str) -> None:
 def _dtype(folder: Path) -> torch.dtype | str:
     """The type that holds the matrices of a checkpoint; "auto" where the files do not tell."""
     weights: Counter[torch.dtype] = Counter()
-    for path in folder.glob("*.safetensors"):
-        if path.name.startswith("consolidated"):
+    for path in find_weights(folder):
+        if path.suffix != ".safetensors":
             continue
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - it is no dictionary
