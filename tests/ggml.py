@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tritconv.errors import TritError
 from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK
 from tritrun import variants
 
@@ -41,6 +42,14 @@ def cpu(variant: str | None = None) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(variants.modules()[variant or variants.runnable()[0]]))
     loaded.ggml_cpu_init()  # fills the table that converts float16
     return loaded
+
+
+def runnable() -> list[str]:
+    """The variants of the CPU code that run here; none where llama.cpp is not compiled, so that tests can be listed."""
+    try:
+        return variants.runnable()
+    except TritError:
+        return []
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:

@@ -11,9 +11,10 @@ from strategies import blocks
 
 from tritconv.codec import Blocks, pack
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, RATIO, RATIO_ONE
-from tritrun import variants
 
-VARIANTS = variants.runnable()
+pytestmark = pytest.mark.build
+
+VARIANTS = ggml.runnable()
 
 
 def _activations(seed: int, n_blocks: int, extreme: bool) -> tuple[np.ndarray, np.ndarray]:

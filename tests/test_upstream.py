@@ -8,11 +8,14 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ggml
 import pytest
 
 from tritconv.format import DEPTHS
 from tritrun import variants
 from tritrun.machine import physical_cores
+
+pytestmark = pytest.mark.build
 
 PROGRAMS = Path(__file__).resolve().parent.parent / "build" / "cmake" / "bin"
 TRIT_CASES = ["-o", "MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY", "-p", "trit"]
@@ -34,7 +37,7 @@ def test_quantize_fns() -> None:
         list(pool.map(lambda variant: run(variant, "test-quantize-fns"), variants.runnable()))
 
 
-@pytest.mark.parametrize("variant", variants.runnable())
+@pytest.mark.parametrize("variant", ggml.runnable())
 def test_backend_ops(variant: str) -> None:
     output = run(variant, "test-backend-ops", "test", "-b", "CPU", *TRIT_CASES)
     for depth in DEPTHS:
