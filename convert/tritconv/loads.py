@@ -9,23 +9,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from tritconv import child
 
 _SECONDS = 300  # more than the largest vocabulary takes
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 _CONTEXT = 64  # tokens: any size shows whether the graph can be built
+_CODE = f"from {__name__} import answer; answer(sys.argv[1])"
 
 
 def refusal(path: Path) -> str | None:
     """Why llama.cpp would not load or run the GGUF file at `path`; None if it would, or if it is not installed."""
     environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
-    command = [sys.executable, "-I", "-m", __spec__.name, str(path)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment, timeout=_SECONDS, check=False
-        )
+        done = child.run(_CODE, str(path), environment=environment, seconds=_SECONDS)
     except subprocess.TimeoutExpired:
         return f"no answer within {_SECONDS} seconds"
     if done.returncode == 0:
@@ -69,6 +68,7 @@ def _first_error(path: str) -> str | None:
     return None if context else (errors[0] if errors else "no context")
 
 
-if __name__ == "__main__":
-    print(json.dumps(_first_error(sys.argv[1])), flush=True)
+def answer(path: str) -> None:
+    """What the child does: print what `refusal` gives for a path, as JSON, and end."""
+    print(json.dumps(_first_error(path)), flush=True)
     os._exit(0)  # the model was never there whole: nothing to free

@@ -1,8 +1,6 @@
 """A model of the transformers library, a layer at a time."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from tritconv import child
 from tritconv.calibration.inputs import Machinery
 from tritconv.calibration.pretrained import INSTEAD, load
 from tritconv.errors import TritError
@@ -312,7 +311,6 @@ def _fast_precision(device: torch.device) -> torch.dtype:
     announced = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     # virtual machines may announce instructions that fault
     probe = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
-    command = [sys.executable, "-I", "-c", probe]  # isolated: a torch.py in the current folder does not run
-    if announced and subprocess.run(command, capture_output=True, check=False).returncode == 0:
+    if announced and child.run(probe).returncode == 0:
         return torch.bfloat16
     return torch.float32
