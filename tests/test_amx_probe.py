@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from test_build import PROBE, run_c, write, x86
 
+pytestmark = pytest.mark.build
+
 # A host that includes the probe. It ends by SIGALRM where the probe hangs.
 HOST = """\
 #include <errno.h>

@@ -30,6 +30,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("shape", [LLAMA, QWEN2], ids=lambda shape: shape.architecture)
 def test_random_models_run(shape: Shape, tmp_path: Path) -> None:
     path = write_random_model(tmp_path / "model.gguf", shape)
@@ -51,6 +52,7 @@ def test_a_seed_gives_the_same_model(tmp_path: Path) -> None:
     assert a.read_bytes() == b.read_bytes() != other.read_bytes()
 
 
+@pytest.mark.build
 def test_files_are_made_once_and_say_what_they_hold(tmp_path: Path) -> None:
     model = contestants.Model("tiny", "tiny", lambda path: write_random_model(path, QWEN2))
     types = [contestants.TYPES[name] for name in ("TRIT2", "Q4_K", "Q3_K_M")]
@@ -71,6 +73,7 @@ def test_files_are_made_once_and_say_what_they_hold(tmp_path: Path) -> None:
         assert embedding.type.name == "Q8_0"
 
 
+@pytest.mark.build
 def test_every_type_is_what_its_name_says(tmp_path: Path) -> None:
     model = contestants.Model("tiny", "tiny", lambda path: write_random_model(path, LLAMA))
     for contestant in contestants.prepare(model, contestants.TYPES.values(), tmp_path, 1):
@@ -80,6 +83,7 @@ def test_every_type_is_what_its_name_says(tmp_path: Path) -> None:
             assert contestant.type.removesuffix("_M") in contestant.contents
 
 
+@pytest.mark.build
 def test_a_file_that_cannot_be_made(tmp_path: Path) -> None:
     model = contestants.Model("broken", "broken", lambda path: path.write_bytes(b"GGUF"))
     with pytest.raises(TritError, match=r"TRIT2.*llama-quantize"):
@@ -87,6 +91,7 @@ def test_a_file_that_cannot_be_made(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["F16.gguf"]
 
 
+@pytest.mark.build
 def test_an_unknown_variant(tmp_path: Path) -> None:
     with pytest.raises(TritError, match="none-such"):
         speed.report(speed.parse(["--quick", "--cpu", "none-such", "-o", str(tmp_path)]))
@@ -162,6 +167,7 @@ def test_the_chart_has_a_labelled_point_for_each_type() -> None:
         assert 0 < float(circle.attrib["cy"]) < height
 
 
+@pytest.mark.build
 def test_speed_measures_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +198,7 @@ def test_wrong_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert words[0] in capsys.readouterr().err
 
 
+@pytest.mark.build
 def test_micro_measures_every_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "micro.json"
     words = ["--types", "TRIT2,Q4_0,Q4_K", "--rounds", "2", "--milliseconds", "1", "--columns", "128", "-o", str(path)]

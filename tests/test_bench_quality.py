@@ -22,6 +22,8 @@ from tritconv.errors import TritError
 from tritconv.model_file import read_model_file
 from tritrun.comparison import contents
 
+pytestmark = pytest.mark.build
+
 Q3_K = GGMLQuantizationType.Q3_K
 
 

@@ -363,6 +363,7 @@ def keys_of(
     torch.set_num_threads(threads)
 
 
+@pytest.mark.build
 def test_each_option_that_changes_a_result_changes_its_key(keys_of: Any, tmp_path: Path) -> None:
     plain = keys_of()
     assert plain.keys() == {"layers"}
@@ -390,6 +391,7 @@ def test_each_option_that_changes_a_result_changes_its_key(keys_of: Any, tmp_pat
         assert keys_of(*options) == plain, options
 
 
+@pytest.mark.build
 def test_each_option_of_the_training_changes_its_key(keys_of: Any) -> None:
     plain = keys_of("--method", "tune")
     assert plain.keys() == {"layers", "tune"}
@@ -399,6 +401,7 @@ def test_each_option_of_the_training_changes_its_key(keys_of: Any) -> None:
     assert keys_of("--method", "tune", "--force") == plain
 
 
+@pytest.mark.build
 def test_a_size_changes_the_keys_of_the_layers_alone(keys_of: Any) -> None:
     small, large = keys_of("--bpw", 4), keys_of("--bpw", 5)
     assert small["sensitivity"] == large["sensitivity"]

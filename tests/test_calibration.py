@@ -33,6 +33,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 600, (6, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.build
 def test_the_model_goes_on_from_the_text(
     model: LayeredModel, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

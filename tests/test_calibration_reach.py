@@ -353,6 +353,7 @@ def check_near(calibration: Calibration, folder: Path) -> None:
             assert np.corrcoef(found.ravel(), values.ravel())[0, 1] > 0.9, tensor.name
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(
     ("architecture", "precision"),
     [
@@ -373,6 +374,7 @@ def test_layer_norms_in_half_precision(
     check_near(calibration, folder)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("architecture", ["GptOss", "Llama4"])
 def test_experts_in_one_parameter(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "_LEAST_TOKENS", 32)
@@ -382,6 +384,7 @@ def test_experts_in_one_parameter(architecture: str, tmp_path: Path, monkeypatch
     assert not any("attn" in one or one[-7:] == "=search" for one in first.quantizer.exceptions)
 
 
+@pytest.mark.build
 def test_exceptions_and_remarks_are_the_same_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "model", "GptOss")
     first, second = (calibrated(folder, tmp_path / "cache", monkeypatch).quantizer for _ in range(2))
@@ -393,6 +396,7 @@ def test_exceptions_and_remarks_are_the_same_when_resumed(tmp_path: Path, monkey
     assert (first.exceptions, first.remarks()) == (second.exceptions, second.remarks())
 
 
+@pytest.mark.build
 def test_experts_are_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "_LEAST_TOKENS", 32)
     folder = make(tmp_path / "model", "GptOss")
@@ -402,6 +406,7 @@ def test_experts_are_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all("exps" in one and one.rpartition("=")[2] != "tune" for one in found.exceptions)
 
 
+@pytest.mark.build
 def test_transposed_matrices_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "model", "GPT2")
     found = calibrated(folder, tmp_path / "cache", monkeypatch, training=TuneOptions(1))
@@ -433,6 +438,7 @@ def test_threads_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked == [3]
 
 
+@pytest.mark.build
 def test_the_search_of_scales_is_the_same_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     weights, x = (torch.randn(rows, 128, generator=generator) for rows in (400, 500))

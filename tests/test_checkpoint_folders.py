@@ -327,6 +327,7 @@ def _longer_head(weights: Weights) -> None:
     weights["lm_head.weight"] = torch.cat([weights["lm_head.weight"]] * 2)[:640]
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(("change", "words"), [(_cut, UP_GGUF), (_without, UP_GGUF), (_longer_head, "output.weight")])
 def test_what_llama_cpp_would_not_load(change: Callable[[Weights], None], words: str, folder: Path) -> None:
     weights = _weights(folder)
@@ -344,6 +345,7 @@ def _resize(folder: Path, n_rows: int) -> None:
     _save(folder, weights)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("vocab_size", [ROWS, 700, 640])
 def test_more_rows_than_tokens_are_padded(vocab_size: int, folder: Path) -> None:
     _resize(folder, 700)
@@ -460,6 +462,7 @@ def test_an_assertion_of_the_converter_says_what_it_wants(tmp_path: Path) -> Non
     _refused(folder, "converter failed on MambaForCausalLM: it wants d_inner == 2 * d_model")
 
 
+@pytest.mark.build
 def test_a_converter_that_delegates(tmp_path: Path) -> None:
     """Ministral 3: upstream's class holds another, which has the tensors and the metadata."""
     folder = make_checkpoint(tmp_path / "model", "Ministral3", head_dim=64, max_position_embeddings=262144)

@@ -17,6 +17,8 @@ from tritconv.codec import Blocks, invalid_blocks, pack, unpack, validate
 from tritconv.errors import TritError
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, WORDS_PER_BLOCK
 
+pytestmark = pytest.mark.build
+
 
 @given(blocks())
 def test_round_trip(original: Blocks) -> None:

@@ -17,6 +17,8 @@ from gguf import GGUFReader, quants
 
 from tritconv import gguf_types  # noqa: F401 - gguf then knows the TRIT types
 
+pytestmark = pytest.mark.build
+
 PROMPT = "The assert statement"
 
 

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
-from checkpoints import make_checkpoint, tritconv
+from checkpoints import make_checkpoint
+from command_line import tritconv
 from safetensors.torch import load_file, save_file
 
 
@@ -111,6 +113,7 @@ def test_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
     _convert_fails(folder, tmp_path, "no tokenizer")
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan"), (float("inf"), "inf")])
 def test_not_finite(value: float, shown: str, folder: Path, tmp_path: Path) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
@@ -120,6 +123,7 @@ def test_not_finite(value: float, shown: str, folder: Path, tmp_path: Path) -> N
     _convert_fails(folder, tmp_path, f"tensor blk.1.ffn_down.weight holds {shown} at [7, 300]")
 
 
+@pytest.mark.build
 def test_not_finite_norm(folder: Path, tmp_path: Path) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         weights["model.norm.weight"][3] = float("nan")
@@ -141,6 +145,7 @@ def test_usage_errors_exit_with_2(checkpoint: Path) -> None:
     assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "--embed-type", "q9").returncode == 2
 
 
+@pytest.mark.build
 def test_output_exists(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     out.write_text("precious")
@@ -179,7 +184,7 @@ def test_disk_full_while_writing(checkpoint: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     out = tmp_path / "x.gguf"
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", out, preexec_fn=limit)
+    done = checkpoints.tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", out, preexec_fn=limit)
     _fails(done, "no space left", "x.gguf")
     assert list(tmp_path.iterdir()) == []
 
@@ -206,6 +211,7 @@ def test_interrupt(smollm2: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.build
 def test_a_killed_conversion_leaves_nothing_in_the_way(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / ".x.gguf.part").write_bytes(b"GGUF of a run that was killed" * 1_000_000)
     out = tmp_path / "x.gguf"
@@ -219,6 +225,7 @@ def test_folder_without_permission(checkpoint: Path, tmp_path: Path) -> None:
     _fails(tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", tmp_path / "x.gguf"), "cannot write")
 
 
+@pytest.mark.build
 def test_row_length_of_the_model_that_nothing_fits(tmp_path: Path) -> None:
     """Rows of 200 fit neither TRIT nor Q8_0: F16, and a line for each matrix."""
     folder = make_checkpoint(tmp_path / "odd", intermediate_size=200)

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import ARCHITECTURES, logits, make_checkpoint, to_f16_gguf, tritconv
+from checkpoints import ARCHITECTURES, logits, make_checkpoint, to_f16_gguf
+from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
 from tritconv.model_file import read_model_file
+
+pytestmark = pytest.mark.build
 
 PROMPTS = ["The capital of France is", "def main():\n    return", "Once upon a time there was a little"]
 
@@ -39,8 +42,9 @@ def test_next_token_as_in_f16(architecture: str, tmp_path: Path) -> None:
     assert bool(routers) == any("_exps." in t.name for t in layers) == (architecture == "Mixtral")
 
 
-def test_types_and_metadata(checkpoint: Path, tmp_path: Path) -> None:
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", 2, cwd=tmp_path)
+def test_types_and_metadata(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = tritconv("hf-to-gguf", checkpoint, "--depth", 2)
     assert done.returncode == 0, done.stderr
     path = tmp_path / f"{checkpoint.name}-TRIT2.gguf"
     model = read_model_file(path)

@@ -11,6 +11,8 @@ from llamabuild.shell import run
 from llamabuild.toolchain import find_compilers
 from programs import ROOT
 
+pytestmark = pytest.mark.build
+
 HERE = Path(__file__).parent / "kernels/cuda"
 OURS = ROOT / "vendor/llama.cpp-patch/files/ggml/src"
 

@@ -33,6 +33,7 @@ def test_chunks(shape: tuple[int, ...]) -> None:
         assert chunk.first // per_matrix == (chunk.place.stop - 1) // per_matrix == chunk.matrix
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_trit_blocks_and_their_error(depth: int, threads: int) -> None:
@@ -64,6 +65,7 @@ def test_not_finite_in_a_later_chunk(qtype: Type, value: float) -> None:
     assert caught.value.index == np.ravel_multi_index((1, 399, 77), values.shape)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_above_the_range_in_a_later_chunk(depth: int) -> None:
     values = np.ones((2, 400, 1024), np.float16)
@@ -74,5 +76,6 @@ def test_above_the_range_in_a_later_chunk(depth: int) -> None:
     assert caught.value.largest == 500
 
 
+@pytest.mark.build
 def test_zeros() -> None:
     assert _encode(np.zeros((10, 64), np.float32), Type.TRIT3).relative_error == 0

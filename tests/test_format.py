@@ -65,6 +65,7 @@ def _example(depth: int) -> dict[str, list[str]]:
     return fields
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_worked_example(depth: int) -> None:
     example = _example(depth)

@@ -9,6 +9,8 @@ from tritconv.codec import pack, unpack, validate
 from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritconv.methods import gptq, search
 
+pytestmark = pytest.mark.build
+
 ROWS, N = 48, 192
 
 

@@ -64,6 +64,7 @@ def _shard(folder: Path, *names: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+@pytest.mark.build
 def test_a_model_of_the_hub_converts(checkpoint: Path, tmp_path: Path) -> None:
     local = tmp_path / "local.gguf"
     assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", local).returncode == 0
@@ -95,6 +96,7 @@ def test_a_model_of_the_hub_converts(checkpoint: Path, tmp_path: Path) -> None:
     assert _convert("org/tiny", work, offline, "--force").returncode == 0
 
 
+@pytest.mark.build
 def test_gated_models_need_the_token(checkpoint: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     with hub.serve({"org/gated": checkpoint}, gated={"org/gated"}, token="secret") as server:

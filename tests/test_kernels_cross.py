@@ -8,6 +8,8 @@ import pytest
 import neon_instructions
 from kernel_programs import NEON, X86, Target
 
+pytestmark = pytest.mark.build
+
 CHECK = Path(__file__).parent / "kernels" / "check.c"
 # Without optimization the intrinsics that take constants do not compile; without contraction the expected sums
 # are rounded as written.

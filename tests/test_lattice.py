@@ -1,6 +1,5 @@
 """Checkpoints that already lie on a lattice of trits keep their codes; no others are taken for such."""
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ from pydoc_data import topics
 import numpy as np
 import pytest
 import torch
-from checkpoints import tritconv
+from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, quants
 from hypothesis import given, settings
@@ -28,6 +27,8 @@ from tritconv.methods.uniform import Uniform, encode
 from tritconv.model_file import read_model_file
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers
+
+pytestmark = pytest.mark.build
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
@@ -300,7 +301,7 @@ def test_what_is_calibrated_is_not_imported(checkpoint: Path, tmp_path: Path) ->
     calibration = ("--calibrate", text, "--calib-tokens", 2048, "--calib-seq", 64, "--method", "tune", "--epochs", 1)
     done = tritconv(
         *("hf-to-gguf", folder, "--depth", 2, "-o", path, *calibration),
-        env=os.environ | {"TRITCONV_CACHE": str(tmp_path / "cache")},
+        TRITCONV_CACHE=str(tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr
     assert "lattice" not in done.stdout

@@ -8,13 +8,16 @@ from pathlib import Path
 import ggml
 import numpy as np
 import pytest
-from checkpoints import llama_quantize, logits, tritconv
+from checkpoints import llama_quantize, logits
+from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from tiny_gguf import write_tiny_model
 
 from tritconv.format import DEPTHS
 from tritconv.methods import search
+
+pytestmark = pytest.mark.build
 
 # Of the files that the unpatched llama-quantize of the same source makes of the same model.
 UNPATCHED = {

@@ -9,6 +9,8 @@ import pytest
 
 from tritconv.format import DEPTHS
 
+pytestmark = pytest.mark.build
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

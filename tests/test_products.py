@@ -12,6 +12,8 @@ from checkpoints import make_checkpoint, to_f16_gguf
 from tritconv.format import DEPTHS
 from tritrun import variants
 
+pytestmark = pytest.mark.build
+
 ARCHITECTURES = ["Llama", "Mixtral"]  # Mixtral's experts take MUL_MAT_ID
 CHUNKS = 2
 LIMIT = 0.03  # a token for which another expert is chosen is worth 0.01

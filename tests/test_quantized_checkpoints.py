@@ -278,6 +278,7 @@ def test_rules_reach_mxfp4_experts(gpt_oss: tuple[Path, Tensors]) -> None:
     assert {tensor.name for tensor in tensors if plan.type_of(tensor) is Type.TRIT3} == gpt_oss[1].keys()
 
 
+@pytest.mark.build
 def test_mxfp4_experts_become_trit(gpt_oss: tuple[Path, Tensors], tmp_path: Path) -> None:
     plan = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
     written = hf_to_gguf(str(gpt_oss[0]), None, Job(plan, tmp_path / "x.gguf", threads=1), pre="gpt-2")

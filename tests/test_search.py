@@ -18,6 +18,8 @@ from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritconv.methods.search import quantize
 from tritconv.model_file import read_model_file
 
+pytestmark = pytest.mark.build
+
 WEIGHTED_DEPTHS = (1, 2)  # few levels: without importances, large weights count for more
 
 

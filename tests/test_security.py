@@ -147,6 +147,7 @@ def test_a_kernel_for_attention(checkpoint: Path, tmp_path: Path) -> None:
         load(folder)
 
 
+@pytest.mark.build
 @pytest.mark.slow
 def test_trusted_code_runs(checkpoint: Path, marker: Path, tmp_path: Path) -> None:
     """A tokenizer and a model of the checkpoint's own, converted and calibrated."""
@@ -258,6 +259,7 @@ def hostile(marker: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.build
 def test_modules_in_the_current_folder(checkpoint: Path, hostile: Path, marker: Path, tmp_path: Path) -> None:
     done = tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", tmp_path / "x.gguf", cwd=hostile)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,8 @@ from tritconv.calibration.rows import RowMap
 from tritconv.calibration.sensitivity import Losses, measure, origins
 from tritconv.calibration.store import LayerStore
 
+pytestmark = pytest.mark.build
+
 Q, DOWN = Matrix("self_attn.q_proj.weight"), Matrix("mlp.down_proj.weight")
 
 

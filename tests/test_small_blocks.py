@@ -21,6 +21,8 @@ from tritconv.methods.uniform import Uniform
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers
 
+pytestmark = pytest.mark.build
+
 USUAL_LOSS = {1: 0.166, 2: 0.0195, 3: 0.0022, 4: 0.00025}  # as docs/format.md has it
 ALIKE = np.ones(64, np.float32)
 

@@ -20,6 +20,8 @@ from tritconv.format import BYTES_PER_BLOCK
 from tritconv.gguf_types import TRIT_TYPE
 from tritconv.methods import gptq
 
+pytestmark = pytest.mark.build
+
 LAYERS = 2
 NAMES = {
     "attn_q": "self_attn.q_proj",

@@ -15,6 +15,8 @@ from gguf import GGMLQuantizationType as Type
 
 from tritconv.model_file import read_model_file
 
+pytestmark = pytest.mark.build
+
 CHUNKS = 6
 
 

@@ -27,6 +27,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("stem", ["tiny", "tiny-F16", "tiny.Q4_K_M", "tiny-IQ3_S", "tiny-TRIT4"])
 def test_default_name(stem: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / f"{stem}.gguf"

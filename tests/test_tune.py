@@ -16,6 +16,8 @@ from tritconv.format import BYTES_PER_BLOCK
 from tritconv.methods import search
 from tritconv.methods.tune import Latent, Tuned, TuneOptions, hold_out, load_tuned, save_tuned, tune
 
+pytestmark = pytest.mark.build
+
 DEPTH = 1
 LENGTH = 64
 

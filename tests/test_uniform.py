@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import logits, make_checkpoint, to_f16_gguf, tritconv
+from checkpoints import logits, make_checkpoint, to_f16_gguf
+from command_line import tritconv
 from gguf import GGUFReader
 from hypothesis import given, settings
 from strategies import depths, weights
@@ -132,6 +133,7 @@ def test_scales_above_the_range(depth: int, group: int, factor: float) -> None:
     assert caught.value.block == 2
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("factor", [7.2e-4, 2e-4, 1e-5, 1e-30])
 def test_a_block_below_the_range_loses_no_more_than_zeros(depth: int, factor: float) -> None:
@@ -165,6 +167,7 @@ def test_each_matrix_has_its_codebook_and_threads_change_nothing() -> None:
         assert np.array_equal(encode(matrix.astype(np.float32), 2)[0], found)
 
 
+@pytest.mark.build
 def test_files(tmp_path: Path) -> None:
     base = to_f16_gguf(make_checkpoint(tmp_path / "tiny", "Mixtral"), tmp_path / "f16.gguf")
     prompt = "The capital of France is"

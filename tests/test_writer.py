@@ -75,6 +75,7 @@ class _Broken:
         return []
 
 
+@pytest.mark.build
 def test_blocks_that_are_not_valid_are_never_published(tmp_path: Path) -> None:
     values = np.full((2, 64), 0.1, np.float32)
     with pytest.raises(TritError, match=r"x\.gguf is not written, .*blk\.0\.ffn_up\.weight.* is not TRIT2 data"):
