@@ -37,6 +37,8 @@ DEMO_TRIT  := models/$(DEMO_MODEL)-TRIT3.gguf
 # which take long and test nothing else.
 BACKEND_OPS := -o MUL_MAT,MUL_MAT_ID,GET_ROWS,SET_ROWS,CPY -p '^(?!.*n_mats=(32|[0-9]{3,}),)'
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
+# Programs with OpenMP wait for each other's threads, so each of the tests that run at once gets one.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CPUS)
 TEST_BACKEND_OPS = build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BACKEND_OPS) > build/test-backend-ops.log \
 	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
 
@@ -53,14 +55,14 @@ demo: $(DEMO_TRIT) ## install, build, convert the demo model and let it answer
 
 test: build lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
 	$(TEST_BACKEND_OPS)
-	$(BIN)/python -m pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: build lint $(DEMO_GGUF) ## the same, and what make test only samples: takes an hour more
 	$(TEST_BACKEND_OPS)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: lint ## lint, and the tests that need no compiled llama.cpp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not build" --numprocesses $(CPUS)
+	$(PYTEST) -m "not build"
 
 fuzz: $(VENV)/packages ## fuzz the header reader and the blocks, with clang and Atheris: RUNS=1000000
 	$(PIP) install --editable '.[fuzz]'

@@ -24,7 +24,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from command import exit_status
 from tritconv import ggml
 from tritconv.console import err, out
-from tritconv.convert import Job
 from tritconv.errors import TritError
 from tritconv.gguf_source import open_gguf
 from tritconv.gguf_types import TRIT_TYPE
@@ -32,6 +31,7 @@ from tritconv.methods.imatrix import read_imatrix
 from tritconv.model_file import read_model_file
 from tritconv.output import reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.workers import all_cores
 from tritconv.writer import write
 from tritrun.comparison import contents
 
@@ -188,7 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--decode", action="append", type=Path, metavar="FILE", default=[], help="TRIT file to decode; may be repeated"
     )
     parser.add_argument("--output", "-o", type=Path, metavar="FOLDER", required=True, help="made where it is missing")
-    parser.add_argument("--threads", "-t", type=int, metavar="N", default=Job.threads, help="(default: all cores)")
+    parser.add_argument("--threads", "-t", type=int, metavar="N", default=all_cores(), help="(default: all cores)")
     options = parser.parse_args(arguments)
     needy = [name for name in options.type if name in _NEEDS_IMATRIX]
     if needy and options.imatrix is None:

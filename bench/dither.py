@@ -25,12 +25,12 @@ from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 from command import exit_status
 from programs import ROOT
 from tritconv.console import err, out
-from tritconv.convert import Job
 from tritconv.errors import TritError
 from tritconv.gguf_source import open_gguf
 from tritconv.model_file import read_model_file
 from tritconv.output import reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.workers import all_cores
 from tritconv.writer import write
 
 _SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -75,7 +75,7 @@ def write_gguf(source: Path, target: Path, seed: int | None) -> None:
     if seed is not None:
         made = [_with_noise(tensor, lattice, (seed, i)) for i, tensor in enumerate(made)]
     with reserve(target, force=True) as output:
-        write(header, made, plan, output, Job.threads, lambda name, n_bytes: None)
+        write(header, made, plan, output, all_cores(), lambda name, n_bytes: None)
 
 
 def _in_float16(tensor: SourceTensor) -> SourceTensor:

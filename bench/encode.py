@@ -14,7 +14,6 @@ from rich.table import Table
 
 from tritconv import ggml
 from tritconv.console import out
-from tritconv.convert import Job
 from tritconv.encode import Encoder
 from tritconv.format import DEPTHS
 from tritconv.gguf_types import TRIT_TYPE
@@ -22,7 +21,7 @@ from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
 from tritconv.methods.uniform import Uniform
 from tritconv.plan import Kind, SourceTensor
-from tritconv.workers import Workers
+from tritconv.workers import Workers, all_cores
 
 METHODS: dict[str, type[Quantizer]] = {"search": Search, "uniform": Uniform}
 
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="search", help="of tritconv (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8192, help="rows of 1536 weights (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="counted runs (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=Job.threads, help="for tritconv (default: all cores)")
+    parser.add_argument("--threads", type=int, default=all_cores(), help="for tritconv (default: all cores)")
     options = parser.parse_args()
 
     rng = np.random.default_rng(0)

@@ -20,20 +20,36 @@ class Output:
     """A file in the making.
 
     Attributes:
-        target: its place in the end.
+        target: its name in the end.
         partial: where it grows, in the same folder. No other run writes there.
-        published: whether it has taken its place.
+        published: whether it has got its name.
     """
 
     def __init__(self, target: Path, force: bool) -> None:
         self.target = target
-        self.partial = target.with_name(f".{target.name}.part")
+        self._place = Path(os.path.realpath(target))  # a link stays, and what it leads to is replaced
+        self.partial = self._place.with_name(f".{self._place.name}.part")
         self.published = False
         self._force = force
 
+    def check_place(self) -> None:
+        """See that the file may go to its place. Raises TritError."""
+        if self._place.is_dir():
+            raise TritError(f"{self.target} is a folder: name a file with -o")
+        if self._place.exists() and not self._place.is_file():
+            raise TritError(f"{self.target} is no regular file: name another one with -o")
+        if self._place.exists() and not self._force:
+            raise TritError(f"{self.target} exists: give --force to replace it, or another name with -o")
+        if not self._place.parent.is_dir():
+            raise TritError(f"cannot write {self.target}: the folder {self.target.parent} does not exist")
+
+    def owns(self, path: object) -> bool:
+        """Whether a path is that of the file, now or in the end."""
+        return str(path) in (str(self.partial), str(self._place), str(self._place.parent), str(self.target))
+
     def check_space(self, n_bytes: int) -> None:
         """See that the disk holds so much. Raises TritError."""
-        free = shutil.disk_usage(self.target.parent).free
+        free = shutil.disk_usage(self._place.parent).free
         if n_bytes > free:
             raise TritError(
                 f"no space left for {self.target}: it needs {n_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
@@ -42,11 +58,10 @@ class Output:
 
     def publish(self) -> None:
         """Give the whole file its place. Raises TritError where a file has come there meanwhile."""
-        if self.target.exists() and not self._force:
-            raise _exists(self.target)
+        self.check_place()
         with self.partial.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(self.partial, self.target)
+        os.replace(self.partial, self._place)
         self.published = True
 
 
@@ -62,10 +77,9 @@ def reserve(target: Path, force: bool) -> Iterator[Output]:
     Raises:
         TritError: the file is there, another run writes it, or it cannot be written, now or within the context.
     """
-    place = Path(os.path.realpath(target))  # a link stays, and what it leads to is replaced
-    output = Output(place, force)
+    output = Output(target, force)
     try:
-        _check_place(place, target, force)
+        output.check_place()
         lock = _lock(output.partial, target)
         try:
             yield output
@@ -76,22 +90,11 @@ def reserve(target: Path, force: bool) -> Iterator[Output]:
             if lock is not None:
                 os.close(lock)
     except OSError as error:
-        if error.filename not in (None, str(output.partial), str(place)):
+        if error.filename is not None and not output.owns(error.filename):
             raise  # of another file
         if error.errno in _NO_SPACE:
             raise TritError(f"no space left for {target}: free some, or choose another folder with -o") from error
         raise TritError(f"cannot write {target}: {error.strerror or error}; choose another place with -o") from error
-
-
-def _check_place(place: Path, target: Path, force: bool) -> None:
-    if place.is_dir():
-        raise TritError(f"{target} is a folder: name a file with -o")
-    if place.exists() and not place.is_file():
-        raise TritError(f"{target} is no regular file: name another one with -o")
-    if place.exists() and not force:
-        raise _exists(target)
-    if not place.parent.is_dir():
-        raise TritError(f"cannot write {target}: the folder {target.parent} does not exist")
 
 
 def _lock(partial: Path, target: Path) -> int | None:
@@ -112,7 +115,3 @@ def _lock(partial: Path, target: Path) -> int | None:
         if partial.exists() and os.path.samestat(os.fstat(file), partial.stat()):
             return file
         os.close(file)
-
-
-def _exists(target: Path) -> TritError:
-    return TritError(f"{target} exists: give --force to replace it, or another name with -o")
