@@ -189,6 +189,7 @@ def test_disk_full_while_writing(checkpoint: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.build
 def test_interrupt(smollm2: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     process = subprocess.Popen(

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -308,9 +308,12 @@ def _fast_precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the machine multiplies it faster than float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
     announced = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     # virtual machines may announce instructions that fault
     probe = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
-    if announced and child.run(probe).returncode == 0:
-        return torch.bfloat16
-    return torch.float32
+    return announced and child.run(probe).returncode == 0
