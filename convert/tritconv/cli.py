@@ -396,9 +396,7 @@ def _calibration(
         )
     documents.check(files)
     cache.check()
-    text = TextOptions(
-        documents.read(files, n_tokens), tuple(map(documents.name_of, files)), n_tokens, length, seed
-    )
+    text = TextOptions(documents.read(files, n_tokens), tuple(map(documents.name_of, files)), n_tokens, length, seed)
     return CalibrationOptions(text, own_tokens, training, size, threads)
 
 
