@@ -444,6 +444,7 @@ def test_absurd_numbers(key: str, value: object, folder: Path) -> None:
     _refused(folder, "config.json")
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size"])
 def test_absurd_sizes_are_seen_before_the_work(key: str, folder: Path) -> None:
     _configure(folder, **{key: 10**9})
