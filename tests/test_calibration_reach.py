@@ -73,6 +73,7 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
         ),
         "image_token_index": 5,
     },
+    "Bloom": {},
     "GPT2": {"tie_word_embeddings": True, "n_ctx": 256},
     "Gemma3n": {
         "vocab_size_per_layer_input": VOCABULARY,
@@ -463,6 +464,13 @@ def test_layers_with_inputs_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(TritError, match="takes more than hidden states") as caught:
         find_reach(model, "gemma3n", [], PLAN)
     assert "--method search" in str(caught.value)
+
+
+def test_layers_with_inputs_for_one_sequence(tmp_path: Path) -> None:
+    """ALiBi, as Bloom makes it, has the shape of the batch."""
+    model = LayeredModel(make(tmp_path / "model", "Bloom"))
+    with pytest.raises(TritError, match=r"cannot run its layers one by one .*: use --method search"):
+        find_reach(model, "bloom", [], PLAN)
 
 
 @pytest.mark.parametrize(

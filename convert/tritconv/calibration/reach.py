@@ -121,7 +121,10 @@ class _Rehearsal:
         with Recorder(layer, candidates, lambda matrix, _: found.add(matrix)):
             again = self._model.run(index, layer, hidden)
         self._model.check_finite(out, f"layer {index} puts out")
-        if not _same(again, out, _SAME):
+        together = self._model.run(
+            index, layer, torch.cat([hidden, hidden])
+        )  # side inputs may be of one sequence alone
+        if not (_same(again, out, _SAME) and _same(together, torch.cat([out, out]), _SAME)):
             raise self._unknown(f"layer {index}")
         kinds = {(matrix.kind, matrix.transposed) for matrix in found if matrix.is_expert}
         self._used.append([m for m in candidates if m in found or (m.kind, m.transposed) in kinds])
