@@ -174,6 +174,8 @@ def _arguments(method: str, base: Path, options: argparse.Namespace) -> list[obj
 
 def _tritconv(checkpoint: Path, target: Path, *arguments: object) -> None:
     command = [sys.executable, "-I", "-m", "tritconv", "hf-to-gguf", checkpoint, "--depth", 2, "-o", target]
+    # transformers gives SmolLM2's tokenizer the pre-tokenizer of its own Qwen2 class, which has no name
+    command += ["--pre", "smollm"] if "qwen" in checkpoint.parent.name else []
     _run(*command, *arguments)
 
 

@@ -141,18 +141,22 @@ class Entry:
 def _hold(place: Path, about: str) -> int:
     """A descriptor of an entry's tag that keeps others from deleting it; the entry is made, and left-overs go."""
     while True:
-        place.mkdir(parents=True, exist_ok=True)
         try:
+            place.mkdir(parents=True, exist_ok=True)
             tag = os.open(place / _TAG, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another process has just deleted the folder
             continue
+        except FileExistsError:
+            if os.path.lexists(place) and not place.is_dir():
+                raise
+            continue  # deleted just when mkdir looked whether it is a folder
         try:
-            if _lock(tag, exclusive=True) is not False:  # nobody else is in it
+            if _lock(tag, exclusive=True) is not False and _is(tag, place / _TAG):  # nobody else is in it
                 for path in place.glob(f"{_PARTIAL}*"):
                     path.unlink()
             _lock(tag, exclusive=False)
             # another process may have deleted the entry between the calls
-            if (place / _TAG).exists() and os.path.samestat(os.fstat(tag), (place / _TAG).stat()):
+            if _is(tag, place / _TAG):
                 if os.fstat(tag).st_size == 0:
                     os.write(tag, f"{_SIGNATURE}\n{_OURS}{' '.join(about.split())}\n".encode(errors="replace"))
                 os.utime(place / _TAG)
@@ -161,6 +165,14 @@ def _hold(place: Path, about: str) -> int:
             os.close(tag)
             raise
         os.close(tag)
+
+
+def _is(file: int, path: Path) -> bool:
+    """Whether a path leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file: int, exclusive: bool) -> bool | None:
@@ -272,7 +284,7 @@ def _delete(kept: Kept) -> bool:
         free = _lock(tag, exclusive=True)
         if free is None:
             free = time.time() - kept.used > _DAY
-        if not free:
+        if not free or not _is(tag, kept.folder / _TAG):  # another process has deleted it, and perhaps made it anew
             return False
         for path in _files(kept.folder):
             path.unlink()
