@@ -87,6 +87,10 @@ def test_blocks_guided_by_coverage(tmp_path: Path) -> None:
         pytest.skip(reason)
     if not GGML.is_dir():
         pytest.skip(f"{GGML} is missing: make build")
+    (tmp_path / "empty.c").write_text("int LLVMFuzzerTestOneInput(const char *data, long size) { return 0; }")
+    trial = ["clang", "-fsanitize=fuzzer", str(tmp_path / "empty.c"), "-o", str(tmp_path / "trial")]
+    if subprocess.run(trial, capture_output=True, check=False).returncode:
+        pytest.skip("clang's runtime for fuzzing is missing: apt-get install libclang-rt-dev")
     blocks = build_blocks(tmp_path / "program")
     command = commands(blocks, tmp_path, f"-max_total_time={SECONDS}")["blocks"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
