@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tritconv.allocate import Budget, allocate
 from tritconv.calibration import own_text, rare_words, sensitivity
@@ -19,7 +18,7 @@ from tritconv.calibration.rows import Place, RowMap
 from tritconv.calibration.store import LayerStore
 from tritconv.calibration.text import TextOptions, check_memory, render, sequences
 from tritconv.codec import pack, unpack
-from tritconv.console import err, note, one_line
+from tritconv.console import err, note, one_line, share_bar
 from tritconv.encode import n_bytes
 from tritconv.format import BYTES_PER_BLOCK
 from tritconv.gguf_types import DEPTH_OF_TYPE
@@ -368,15 +367,7 @@ class _Bar:
 
     def __init__(self, total: int) -> None:
         self._losses: list[float] = []
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
+        self._progress = share_bar()
         self._task = self._progress.add_task("", total=total)
 
     def __enter__(self) -> "_Bar":

@@ -7,6 +7,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 # emoji=False, as a file may be called ":x:".
 out = Console(highlight=False, emoji=False)
@@ -62,3 +71,25 @@ def warning(text: str) -> None:
 def error(text: object) -> None:
     """Write an error to stderr, as one line."""
     err.print(f"[bold red]error[/bold red]: {escape(one_line(text))}", soft_wrap=True)
+
+
+def byte_bar() -> Progress:
+    """Progress in bytes, on a terminal only. A task's description is shown as it is."""
+    return _bar(DownloadColumn(), style="dim")
+
+
+def share_bar() -> Progress:
+    """Progress in percent, on a terminal only. A task's description is shown as it is."""
+    return _bar(TaskProgressColumn())
+
+
+def _bar(amount: ProgressColumn, style: str = "none") -> Progress:
+    return Progress(
+        TextColumn("{task.description}", style=style, markup=False),
+        BarColumn(),
+        amount,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )

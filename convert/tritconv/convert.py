@@ -7,20 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 import tritconv
 from tritconv import loads
 from tritconv.allocate import FileSize, check
 from tritconv.calibrate import CalibrationOptions, Origin, calibrate
 from tritconv.checkpoint import find_checkpoint
-from tritconv.console import err, one_line, quiet
+from tritconv.console import byte_bar, err, one_line, quiet
 from tritconv.encode import n_bytes
 from tritconv.errors import TritError
 from tritconv.format import FORMAT_VERSION
@@ -146,19 +139,10 @@ def _write(
     if exceptions := plan.exceptions(tensors):
         header.add_array("trit.plan", exceptions)
 
-    progress = Progress(
-        TextColumn("{task.fields[tensor]}", style="dim"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
     total = sum(n_bytes(tensor.shape, plan.type_of(tensor)) for tensor in tensors)
-    with progress:
+    with byte_bar() as progress:
         # the bar counts bytes; the number of tensors stands in the text
-        task = progress.add_task("", total=total, tensor="")
+        task = progress.add_task("", total=total)
         done = 0
 
         def advance(name: str, count: int) -> None:
@@ -166,6 +150,6 @@ def _write(
             done += 1
             if isinstance(quantizer, LatticeImport):  # the header is written again at the end
                 header.kv_data[0]["trit.imported"].value = quantizer.n_imported
-            progress.update(task, advance=count, tensor=f"{done}/{len(tensors)} {one_line(name)}")
+            progress.update(task, advance=count, description=f"{done}/{len(tensors)} {one_line(name)}")
 
         return write(header, tensors, plan, output, job.threads, advance, quantizer)

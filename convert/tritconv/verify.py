@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
 from tritconv import loads
 from tritconv.codec import invalid_blocks
-from tritconv.console import err, one_line, out
+from tritconv.console import byte_bar, one_line, out
 from tritconv.errors import TritError
 from tritconv.gguf_source import not_a_model
 from tritconv.gguf_types import DEPTH_OF_TYPE
@@ -83,7 +83,7 @@ def verify(paths: list[Path], threads: int) -> bool:
     """
     sound = True
     for path in paths:
-        with _progress() as progress:
+        with byte_bar() as progress:
             task = progress.add_task(one_line(path.name), total=None)
 
             def advance(n_bytes: int, total: int, task: TaskID = task) -> None:
@@ -211,15 +211,3 @@ def wrong_blocks(qtype: GGMLQuantizationType, data: np.ndarray) -> np.ndarray:
     for bits in floats:
         wrong |= bits & bits.dtype.type(exponent) == exponent
     return np.flatnonzero(wrong)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}", style="dim", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
