@@ -22,17 +22,17 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
 from command import exit_status
-from tritconv import ggml
-from tritconv.console import err, out
-from tritconv.errors import TritError
 from tritconv.gguf_source import open_gguf
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.methods.imatrix import read_imatrix
-from tritconv.model_file import read_model_file
-from tritconv.output import reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.workers import all_cores
 from tritconv.writer import write
+from tritcore import ggml
+from tritcore.console import err, out
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
+from tritcore.gguf_types import TRIT_TYPE
+from tritcore.output import reserve
 from tritrun.comparison import contents
 
 _NAMES = (

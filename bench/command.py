@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from tritconv.console import error
-from tritconv.errors import TritError
+from tritcore.console import error
+from tritcore.errors import TritError
 
 
 def exit_status(main: Callable[[], None]) -> int:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from programs import ROOT
 from random_model import Shape, write_random_model
-from tritconv.console import err
-from tritconv.errors import TritError
-from tritconv.model_file import ModelFile, read_model_file
+from tritcore.console import err
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile, read_model_file
 from tritrun.comparison import contents
 from tritrun.peers import quantize
 from tritrun.tools import fingerprint

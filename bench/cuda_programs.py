@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kernel_programs import GGML
 from programs import ROOT
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 ARCHITECTURES = ("75", "80", "86", "89", "90")  # Turing, A100, other Ampere, Ada, Hopper
 

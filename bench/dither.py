@@ -24,14 +24,14 @@ from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from command import exit_status
 from programs import ROOT
-from tritconv.console import err, out
-from tritconv.errors import TritError
 from tritconv.gguf_source import open_gguf
-from tritconv.model_file import read_model_file
-from tritconv.output import reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.workers import all_cores
 from tritconv.writer import write
+from tritcore.console import err, out
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
+from tritcore.output import reserve
 
 _SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 _Q4_1 = GGMLQuantizationType.Q4_1

@@ -12,16 +12,16 @@ import time
 import numpy as np
 from rich.table import Table
 
-from tritconv import ggml
-from tritconv.console import out
 from tritconv.encode import Encoder
-from tritconv.format import DEPTHS
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
 from tritconv.methods.uniform import Uniform
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers, all_cores
+from tritcore import ggml
+from tritcore.console import out
+from tritcore.format import DEPTHS
+from tritcore.gguf_types import TRIT_TYPE
 
 METHODS: dict[str, type[Quantizer]] = {"search": Search, "uniform": Uniform}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from programs import BUILD, ROOT, cpu_flags
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 QEMU = "qemu-aarch64"
 

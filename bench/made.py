@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from tritconv.calibration.inputs import digest_of_files, digest_of_sources
-from tritconv.errors import TritError
-from tritrun.files import write_text_atomically
+from tritcore.errors import TritError
+from tritcore.files import write_text_atomically
 from tritrun.tools import fingerprint
 
 

@@ -22,10 +22,10 @@ from rich.table import Table
 from command import exit_status
 from contestants import TYPES
 from programs import BUILD, commit, machine
-from tritconv.console import err, one_line, out
-from tritconv.errors import TritError
+from tritcore.console import err, one_line, out
+from tritcore.errors import TritError
+from tritcore.files import write_text_atomically
 from tritrun import variants
-from tritrun.files import write_text_atomically
 from tritrun.tools import library_folder, run_tool
 
 _SOURCE = Path(__file__).with_suffix(".cpp")

@@ -18,9 +18,9 @@ from rich.table import Table
 from command import exit_status
 from kernel_programs import GGML, NEON, QEMU, Target, missing_programs
 from programs import BUILD, commit
-from tritconv.console import err, out
-from tritconv.errors import TritError
-from tritrun.files import write_text_atomically
+from tritcore.console import err, out
+from tritcore.errors import TritError
+from tritcore.files import write_text_atomically
 
 _SOURCE = Path(__file__).with_name("neon_count.c")
 _OURS, _PEER, _AT_MOST = "TRIT2 strip, 1 column", "Q3_K row", 1.15

@@ -19,7 +19,7 @@ from across_rows import across_name, decoded_name
 from command import exit_status
 from made import make
 from programs import BUILD, ROOT
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.tools import find_tool
 
 _CALIBRATE = ("--calibrate", "text")

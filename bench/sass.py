@@ -19,9 +19,9 @@ from rich.table import Table
 
 import cuda_programs
 from command import exit_status
-from tritconv.console import out
-from tritconv.errors import TritError
-from tritconv.format import BLOCK_SIZE, DEPTHS
+from tritcore.console import out
+from tritcore.errors import TritError
+from tritcore.format import BLOCK_SIZE, DEPTHS
 
 SOURCE = Path(__file__).with_name("sass.cu")
 ARCHITECTURES = ("80", "89", "90")

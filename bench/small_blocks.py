@@ -27,10 +27,10 @@ from gguf import GGMLQuantizationType
 from command import exit_status
 from dither import write_checkpoint
 from programs import BUILD, ROOT
-from tritconv.codec import unpack
-from tritconv.errors import TritError
-from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK
-from tritconv.model_file import Tensor, read_model_file
+from tritcore.codec import unpack
+from tritcore.errors import TritError
+from tritcore.format import BLOCK_SIZE, BYTES_PER_BLOCK
+from tritcore.gguf_header import Tensor, read_model_file
 from tritrun.tools import find_tool
 
 _SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

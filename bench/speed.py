@@ -22,11 +22,11 @@ import results
 from command import exit_status
 from contestants import DEFAULT_MODELS, MODELS, TYPES, Contestant, prepare
 from programs import BUILD, commit, has_avx512, machine
-from tritconv.console import note, out
-from tritconv.errors import TritError
+from tritcore.console import note, out
+from tritcore.errors import TritError
+from tritcore.files import write_text_atomically
 from tritrun import variants
 from tritrun.bench import BenchRun
-from tritrun.files import write_text_atomically
 from tritrun.machine import physical_cores
 from tritrun.rounds import PHASES, run_round
 from tritrun.tools import fingerprint

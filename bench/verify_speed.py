@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
-from tritconv.codec import pack, unpack
-from tritconv.format import BYTES_PER_BLOCK, DEPTHS
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.verify import findings
 from tritconv.workers import all_cores
+from tritcore.codec import pack, unpack
+from tritcore.format import BYTES_PER_BLOCK, DEPTHS
+from tritcore.gguf_types import TRIT_TYPE
 
 _SOME_BLOCKS = 1 << 14  # that differ; the file repeats them
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tritconv.errors import TritError
-from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK
+from tritcore.errors import TritError
+from tritcore.format import BLOCK_SIZE, BYTES_PER_BLOCK
 from tritrun import variants
 
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"

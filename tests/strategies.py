@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tritconv.codec import Blocks
-from tritconv.format import BLOCK_SIZE, CODE_MAX, DEPTHS, N_GROUPS, N_SCALES
+from tritcore.codec import Blocks
+from tritcore.format import BLOCK_SIZE, CODE_MAX, DEPTHS, N_GROUPS, N_SCALES
 
 depths = st.sampled_from(DEPTHS)
 

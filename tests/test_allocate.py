@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from tritconv.allocate import Allocation, BitsPerWeight, Budget, FileSize, allocate, check
 from tritconv.cli import app
 from tritconv.encode import n_bytes
-from tritconv.errors import TritError, UsageError
 from tritconv.plan import SourceTensor, TypePlan, kind_of
+from tritcore.errors import TritError, UsageError
 
 PLAN = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
 TYPES = (Type.TRIT2, Type.TRIT3, Type.TRIT4, Type.Q8_0)

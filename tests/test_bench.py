@@ -16,8 +16,8 @@ import speed
 from chart import draw
 from command import exit_status
 from random_model import Shape, write_random_model
-from tritconv.errors import TritError
-from tritconv.model_file import read_model_file
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
 from tritrun import variants
 
 LLAMA = Shape("llama", 256, 512, layers=2, heads=4, kv_heads=4, vocabulary=300, tied=False)

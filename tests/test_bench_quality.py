@@ -17,9 +17,9 @@ import dither
 import made
 import quality
 from command import exit_status
-from tritconv import ggml
-from tritconv.errors import TritError
-from tritconv.model_file import read_model_file
+from tritcore import ggml
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
 from tritrun.comparison import contents
 
 pytestmark = pytest.mark.build

@@ -21,17 +21,18 @@ import torch
 from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
-from tritconv import cache, calibrate, convert, sizes
+from tritconv import calibrate, convert
 from tritconv.allocate import CANDIDATES
 from tritconv.calibration.inputs import Inputs, Machinery, digest_of_tokens
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.reach import Reach
 from tritconv.calibration.store import LayerStore
 from tritconv.cli import app
-from tritconv.errors import TritError
 from tritconv.hf import open_checkpoint
-from tritconv.output import Output
 from tritconv.plan import TypePlan
+from tritcore import cache, sizes
+from tritcore.errors import TritError
+from tritcore.output import Output
 
 MACHINERY = Machinery("float32", "cpu AVX2", 2, (("torch", "2.6"),), "encoder", "sources")
 INPUTS = Inputs("layers", "model", "tokens", 0, MACHINERY)
@@ -66,7 +67,7 @@ def test_each_part_of_the_machinery_changes_the_key(name: str) -> None:
 def test_the_machinery_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = tmp_path / "libggml-base.so"
     library.write_bytes(b"one")
-    monkeypatch.setattr("tritconv.ggml.library_path", lambda: library)
+    monkeypatch.setattr("tritcore.ggml.library_path", lambda: library)
     first = Machinery.here("float32", torch.device("cpu"))
     assert first == Machinery.here("float32", torch.device("cpu"))
     assert dict(first.libraries)["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -130,7 +131,7 @@ def test_room_for_all_layers_is_looked_for_first() -> None:
 
 def test_left_overs_of_a_killed_run_go_but_not_those_of_a_running_one(place: Path) -> None:
     code = (
-        "import sys, tempfile, time; from tritconv import cache;"
+        "import sys, tempfile, time; from tritcore import cache;"
         f"entry = cache.Entry({A!r}, 'layers'); tempfile.mkstemp(prefix='.part-', dir=entry.folder);"
         "print(flush=True); time.sleep(600)"
     )

@@ -26,14 +26,14 @@ from tritconv.calibration.moments import Moments
 from tritconv.calibration.reach import Reach, find_reach
 from tritconv.calibration.rows import RowIndex, RowMap
 from tritconv.calibration.text import TextOptions
-from tritconv.codec import pack
-from tritconv.errors import TritError
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.hf import Checkpoint, open_checkpoint
 from tritconv.methods import gptq, search
 from tritconv.methods.tune import TuneOptions
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.workers import Workers
+from tritcore.codec import pack
+from tritcore.errors import TritError
+from tritcore.gguf_types import TRIT_TYPE
 
 N_LAYERS = 2
 PLAN = TypePlan(2, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0)

@@ -20,7 +20,7 @@ from tritconv.calibration import documents, rare_words
 from tritconv.calibration.documents import Document, read
 from tritconv.calibration.text import Text, TextOptions, check_memory, render, sequences
 from tritconv.cli import app
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 LENGTH = 32
 TEXT = "Größe, naïve, 日本語 and 🙂\n\nThe second paragraph.\n"

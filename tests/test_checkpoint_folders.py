@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from tritconv.checkpoint import find_checkpoint
 from tritconv.convert import Job, hf_to_gguf
-from tritconv.errors import TritError
 from tritconv.hf import Checkpoint, open_checkpoint
 from tritconv.plan import SourceTensor, TypePlan
+from tritcore.errors import TritError
 
 Weights = dict[str, torch.Tensor]
 

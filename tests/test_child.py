@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tritconv import child
+from tritcore import child
 
 
 def test_it_imports_from_where_this_process_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

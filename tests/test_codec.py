@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import blocks
 
-from tritconv.codec import Blocks, invalid_blocks, pack, unpack, validate
-from tritconv.errors import TritError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, WORDS_PER_BLOCK
+from tritcore.codec import Blocks, invalid_blocks, pack, unpack, validate
+from tritcore.errors import TritError
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, WORDS_PER_BLOCK
 
 pytestmark = pytest.mark.build
 

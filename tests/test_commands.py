@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
-from tritconv.commands import new_app
-from tritconv.errors import TritError, UsageError
+from tritcore.commands import new_app
+from tritcore.errors import TritError, UsageError
 
 run = CliRunner()
 
@@ -69,8 +69,8 @@ def test_no_arguments_show_the_help() -> None:
 
 _PROGRAM = """
 import pathlib, sys, time
-from tritconv.commands import new_app
-from tritconv.output import reserve
+from tritcore.commands import new_app
+from tritcore.output import reserve
 app = new_app("name", "help", lambda: "1")
 
 @app.command("go")

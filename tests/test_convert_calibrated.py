@@ -15,7 +15,7 @@ import pytest
 from checkpoints import logits, make_checkpoint, tritconv
 from gguf import GGUFReader, quants
 
-from tritconv import gguf_types  # noqa: F401 - gguf then knows the TRIT types
+from tritcore import gguf_types  # noqa: F401 - gguf then knows the TRIT types
 
 pytestmark = pytest.mark.build
 

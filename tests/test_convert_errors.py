@@ -162,11 +162,11 @@ def test_no_output_folder(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_disk_full_is_seen_before(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tritconv import output
     from tritconv.convert import Job, hf_to_gguf
-    from tritconv.errors import TritError
-    from tritconv.gguf_types import TRIT_TYPE
     from tritconv.plan import TypePlan
+    from tritcore import output
+    from tritcore.errors import TritError
+    from tritcore.gguf_types import TRIT_TYPE
 
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)

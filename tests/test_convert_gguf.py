@@ -10,9 +10,9 @@ from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
-from tritconv.codec import unpack
-from tritconv.format import BYTES_PER_BLOCK, DEPTHS
-from tritconv.model_file import read_model_file
+from tritcore.codec import unpack
+from tritcore.format import BYTES_PER_BLOCK, DEPTHS
+from tritcore.gguf_header import read_model_file
 
 pytestmark = pytest.mark.build
 

@@ -13,7 +13,7 @@ from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
-from tritconv.model_file import read_model_file
+from tritcore.gguf_header import read_model_file
 
 pytestmark = pytest.mark.build
 

@@ -6,12 +6,12 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 from tritconv.encode import Encoded, Encoder, n_bytes
-from tritconv.errors import NotFiniteError, RangeError
-from tritconv.format import DEPTHS
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.methods.search import Search, quantize
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Chunk, Workers
+from tritcore.errors import NotFiniteError, RangeError
+from tritcore.format import DEPTHS
+from tritcore.gguf_types import TRIT_TYPE
 
 
 def _encode(values: np.ndarray, qtype: Type, threads: int = 2) -> Encoded:

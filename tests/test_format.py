@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from tritconv.codec import Blocks, pack, unpack, validate
-from tritconv.format import BYTES_PER_BLOCK, DEPTHS, N_ANCHORS, N_SCALES, RATIO, anchor
+from tritcore.codec import Blocks, pack, unpack, validate
+from tritcore.format import BYTES_PER_BLOCK, DEPTHS, N_ANCHORS, N_SCALES, RATIO, anchor
 
 FORMAT = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
 

@@ -10,14 +10,14 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as V
 from tiny_gguf import bare_gguf, entry, list_entry, tensor_entry, u32_entry, write_tiny_model
 
-from tritconv.codec import pack, unpack
 from tritconv.convert import Job, gguf_to_gguf
-from tritconv.errors import TritError
 from tritconv.gguf_source import open_gguf
-from tritconv.gguf_types import TRIT_TYPE
-from tritconv.model_file import parts_of, raw_values, read_model_file
 from tritconv.plan import TypePlan
 from tritconv.verify import findings
+from tritcore.codec import pack, unpack
+from tritcore.errors import TritError
+from tritcore.gguf_header import parts_of, raw_values, read_model_file
+from tritcore.gguf_types import TRIT_TYPE
 
 PLAN = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
 LLAMA = entry("general.architecture", V.STRING, "llama")

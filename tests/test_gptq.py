@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tritconv.calibration.moments import Moments
-from tritconv.codec import pack, unpack, validate
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritconv.methods import gptq, search
+from tritcore.codec import pack, unpack, validate
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 
 pytestmark = pytest.mark.build
 

@@ -14,9 +14,9 @@ from gguf import GGUFValueType as V
 from tiny_gguf import bare_gguf, entry, list_entry, string, tensor_entry, u32_entry, write_tiny_model
 from typer.testing import CliRunner
 
-from tritconv.codec import pack, unpack
-from tritconv.errors import TritError
-from tritconv.model_file import parts_of, raw_values, read_header, read_model_file
+from tritcore.codec import pack, unpack
+from tritcore.errors import TritError
+from tritcore.gguf_header import parts_of, raw_values, read_header, read_model_file
 
 F32, TRIT3 = 0, 87
 LLAMA = entry("general.architecture", V.STRING, "llama")

@@ -15,11 +15,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from tritconv.checkpoint import find_checkpoint
-from tritconv.errors import TritError
 from tritconv.foreign_code import trusted
 from tritconv.hub import download
 from tritconv.weight_files import indexed
 from tritconv.weights import read_weights
+from tritcore.errors import TritError
 
 
 def _environment(home: Path, endpoint: str, **more: str) -> dict[str, str]:

@@ -14,11 +14,11 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 from test_hostile_headers import HOSTILE
 
-from tritconv.errors import TritError
-from tritconv.format import DEPTHS
 from tritconv.methods import search
 from tritconv.methods.imatrix import read_imatrix
-from tritconv.model_file import read_model_file
+from tritcore.errors import TritError
+from tritcore.format import DEPTHS
+from tritcore.gguf_header import read_model_file
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> Path:

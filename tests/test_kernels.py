@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import blocks
 
-from tritconv.codec import Blocks, pack
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, RATIO, RATIO_ONE
+from tritcore.codec import Blocks, pack
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, RATIO, RATIO_ONE
 
 pytestmark = pytest.mark.build
 

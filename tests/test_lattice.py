@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from strategies import depths
 
 from tritconv import lattice
-from tritconv.codec import unpack
-from tritconv.errors import RangeError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritconv.lattice import Lattice, LatticeImport, lattice_depth, read_lattice
 from tritconv.methods.search import Search
 from tritconv.methods.search import quantize as search
 from tritconv.methods.uniform import Uniform, encode
-from tritconv.model_file import read_model_file
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers
+from tritcore.codec import unpack
+from tritcore.errors import RangeError
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
+from tritcore.gguf_header import read_model_file
 
 pytestmark = pytest.mark.build
 

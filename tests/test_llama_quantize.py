@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from tiny_gguf import write_tiny_model
 
-from tritconv.format import DEPTHS
 from tritconv.methods import search
+from tritcore.format import DEPTHS
 
 pytestmark = pytest.mark.build
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import metal_host
 import pytest
 
-from tritconv.format import DEPTHS
+from tritcore.format import DEPTHS
 
 pytestmark = pytest.mark.build
 

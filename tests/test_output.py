@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tritconv.errors import TritError
-from tritconv.output import reserve
+from tritcore.errors import TritError
+from tritcore.output import reserve
 
 
 def test_published(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_written_over(tmp_path: Path) -> None:
     target = tmp_path / "model.gguf"
     code = (
-        "import os, pathlib, sys; from tritconv.output import reserve\n"
+        "import os, pathlib, sys; from tritcore.output import reserve\n"
         "with reserve(pathlib.Path(sys.argv[1]), False) as output:\n"
         "    output.partial.write_bytes(b'half'); os.kill(os.getpid(), 9)"
     )

@@ -10,9 +10,9 @@ from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
-from tritconv.errors import TritError
-from tritconv.model_file import read_model_file
 from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule, kind_of
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
 
 Q8_0, F16 = Type.Q8_0, Type.F16
 

@@ -9,7 +9,7 @@ import ggml
 import pytest
 from checkpoints import make_checkpoint, to_f16_gguf
 
-from tritconv.format import DEPTHS
+from tritcore.format import DEPTHS
 from tritrun import variants
 
 pytestmark = pytest.mark.build

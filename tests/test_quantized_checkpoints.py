@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from tritconv.checkpoint import find_checkpoint
 from tritconv.convert import Job, hf_to_gguf
-from tritconv.errors import TritError
 from tritconv.hf import Checkpoint, open_checkpoint
-from tritconv.model_file import read_model_file
 from tritconv.plan import Kind, TypePlan, TypeRule
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
 
 Tensors = dict[str, torch.Tensor]
 Packed = tuple[Tensors, torch.Tensor]  # tensors by the end of their names, and the weights that they stand for

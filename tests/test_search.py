@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import depths, weights
 
-from tritconv.codec import Blocks, unpack, validate
-from tritconv.errors import NotFiniteError, RangeError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritconv.methods.search import quantize
-from tritconv.model_file import read_model_file
+from tritcore.codec import Blocks, unpack, validate
+from tritcore.errors import NotFiniteError, RangeError
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
+from tritcore.gguf_header import read_model_file
 
 pytestmark = pytest.mark.build
 
@@ -214,7 +214,7 @@ def test_blocks_of_a_real_matrix_stay_as_they_are(depth: int) -> None:
 @settings(deadline=None)
 @given(weights(), depths)
 def test_as_gguf_registers_it(w: np.ndarray, depth: int) -> None:
-    from tritconv.gguf_types import TRIT_TYPE
+    from tritcore.gguf_types import TRIT_TYPE
 
     data = quants.quantize(w, TRIT_TYPE[depth])
     assert np.array_equal(data, quantize(w, depth))

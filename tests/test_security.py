@@ -19,9 +19,9 @@ from tritconv.calibration.documents import Document
 from tritconv.calibration.model import _fast_precision
 from tritconv.calibration.pretrained import load
 from tritconv.calibration.text import render
-from tritconv.errors import TritError
 from tritconv.foreign_code import trusted
 from tritconv.hf import open_checkpoint
+from tritcore.errors import TritError
 
 # What the attacker's code does. The class works, so that code which is trusted serves.
 _CODE = """

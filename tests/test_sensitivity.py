@@ -9,7 +9,6 @@ from checkpoints import make_checkpoint
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
-from tritconv import ggml
 from tritconv.allocate import CANDIDATES
 from tritconv.calibration.inputs import Inputs, digest_of_tokens
 from tritconv.calibration.matrices import Matrix, matrices_of
@@ -17,6 +16,7 @@ from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import RowMap
 from tritconv.calibration.sensitivity import Losses, measure, origins
 from tritconv.calibration.store import LayerStore
+from tritcore import ggml
 
 pytestmark = pytest.mark.build
 

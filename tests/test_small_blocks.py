@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import depths
 
-from tritconv import ggml
-from tritconv.codec import Blocks, unpack, validate
 from tritconv.encode import Encoder
-from tritconv.errors import RangeError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, ZERO, anchor
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.lattice import LatticeImport
 from tritconv.methods import Quantizer, search
 from tritconv.methods.uniform import Uniform
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers
+from tritcore import ggml
+from tritcore.codec import Blocks, unpack, validate
+from tritcore.errors import RangeError
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, ZERO, anchor
+from tritcore.gguf_types import TRIT_TYPE
 
 pytestmark = pytest.mark.build
 

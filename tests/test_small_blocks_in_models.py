@@ -14,11 +14,11 @@ from test_small_blocks import least, planted
 from typer.testing import CliRunner
 
 from tritconv.cli import app
-from tritconv.codec import validate
-from tritconv.errors import NotFiniteError
-from tritconv.format import BYTES_PER_BLOCK
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.methods import gptq
+from tritcore.codec import validate
+from tritcore.errors import NotFiniteError
+from tritcore.format import BYTES_PER_BLOCK
+from tritcore.gguf_types import TRIT_TYPE
 
 pytestmark = pytest.mark.build
 

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import SMOLLM2_GGUF, llama_quantize, to_f16_gguf, tritconv
 from gguf import GGMLQuantizationType as Type
 
-from tritconv.model_file import read_model_file
+from tritcore.gguf_header import read_model_file
 
 pytestmark = pytest.mark.build
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tritconv.console import error
+from tritcore.console import error
 from tritrun.cli import app
 
 

@@ -11,7 +11,7 @@ import pytest
 from tiny_gguf import write_tiny_model
 from typer.testing import CliRunner, Result
 
-from tritconv.model_file import ModelFile, Value, read_model_file
+from tritcore.gguf_header import ModelFile, Value, read_model_file
 from tritrun import rounds
 from tritrun.bench import Benchmark, BenchRun, Speed
 from tritrun.cli import app

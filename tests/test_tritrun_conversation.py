@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.conversation import Conversation
 from tritrun.template import Message
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_gguf import TRAINED_CONTEXT, write_tiny_model
 
-from tritconv.errors import TritError
-from tritconv.model_file import read_model_file
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
 from tritrun.engine import Encoded, Engine, until
 from tritrun.llama import Sampling, load_bindings
 from tritrun.template import Message

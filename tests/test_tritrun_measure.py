@@ -17,7 +17,7 @@ from rich.console import Console
 from tiny_gguf import damaged, write_tiny_model
 from typer.testing import CliRunner, Result
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.base_logits import Stamp, append_stamp, check_stamp, logits_bytes
 from tritrun.cli import app
 from tritrun.models import read_text_model

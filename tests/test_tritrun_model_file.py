@@ -18,8 +18,8 @@ from tiny_gguf import (
     u32_entry,
 )
 
-from tritconv.errors import TritError
-from tritconv.model_file import read_model_file
+from tritcore.errors import TritError
+from tritcore.gguf_header import read_model_file
 
 TRIT3, TRIT3_BLOCK = 87, 42
 NORM_OFFSET = 192  # 4 blocks, and up to the next multiple of 32

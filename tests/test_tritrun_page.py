@@ -14,7 +14,7 @@ from browser import Page, find_browser, open_browser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.charts import as_svg, charts_of
 from tritrun.comparison import Comparison, Conditions, Contents, Row
 from tritrun.naming import labels_of

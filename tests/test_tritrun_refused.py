@@ -12,7 +12,7 @@ from tiny_gguf import bare_gguf, damaged, string, tensor_entry, u32_entry, write
 from typer.testing import CliRunner
 
 from tritconv.cli import app as tritconv
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.aborts import failed_check
 from tritrun.cli import app
 from tritrun.models import paths_of, read_text, read_text_model

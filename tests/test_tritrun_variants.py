@@ -9,7 +9,7 @@ import ggml
 import pytest
 
 from llamabuild.toolchain import PROBES, find_compilers
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun import variants
 
 pytestmark = pytest.mark.build

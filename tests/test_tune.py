@@ -11,10 +11,10 @@ from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
-from tritconv.codec import Blocks, unpack
-from tritconv.format import BYTES_PER_BLOCK
 from tritconv.methods import search
 from tritconv.methods.tune import Latent, Tuned, TuneOptions, hold_out, load_tuned, save_tuned, tune
+from tritcore.codec import Blocks, unpack
+from tritcore.format import BYTES_PER_BLOCK
 
 pytestmark = pytest.mark.build
 

@@ -11,14 +11,14 @@ from gguf import GGUFReader
 from hypothesis import given, settings
 from strategies import depths, weights
 
-from tritconv.codec import Blocks, pack, unpack, validate
-from tritconv.errors import RangeError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, RATIO, anchor
 from tritconv.methods.scales import nearest_scales
 from tritconv.methods.uniform import Uniform, encode
-from tritconv.model_file import read_model_file
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers
+from tritcore.codec import Blocks, pack, unpack, validate
+from tritcore.errors import RangeError
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, RATIO, anchor
+from tritcore.gguf_header import read_model_file
 
 
 def _as_published(w: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import ggml
 import pytest
 
-from tritconv.format import DEPTHS
+from tritcore.format import DEPTHS
 from tritrun import variants
 from tritrun.machine import physical_cores
 

@@ -19,10 +19,10 @@ from test_hostile_headers import HOSTILE, LEGAL
 from tiny_gguf import bare_gguf, entry, tensor_entry, write_tiny_model
 
 from tritconv import verify
-from tritconv.codec import pack, unpack
-from tritconv.format import BYTES_PER_BLOCK, DEPTHS
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.verify import findings, wrong_blocks
+from tritcore.codec import pack, unpack
+from tritcore.format import BYTES_PER_BLOCK, DEPTHS
+from tritcore.gguf_types import TRIT_TYPE
 
 TRIT2_BLOCK = BYTES_PER_BLOCK[2]
 

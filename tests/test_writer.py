@@ -8,12 +8,12 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 
-from tritconv.errors import TritError
-from tritconv.output import reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.verify import findings
 from tritconv.workers import Workers
 from tritconv.writer import Written, write
+from tritcore.errors import TritError
+from tritcore.output import reserve
 
 PLAN = TypePlan(2, Type.Q8_0, Type.F16, Type.Q8_0)
 

@@ -12,8 +12,8 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor
 
-from tritconv.console import note
-from tritconv.errors import TritError, first_line
+from tritcore.console import note
+from tritcore.errors import TritError, first_line
 
 _LAYER = re.compile(r"((?:.*\.)?(?:layers|layer|h|blocks|block))\.(\d+)\.")
 _BLOCK = re.compile(r"(?:^|\.)blk\.(\d+)\.")

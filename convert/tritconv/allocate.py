@@ -12,9 +12,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.table import Table
 
 from tritconv.encode import n_bytes
-from tritconv.errors import TritError, UsageError
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.plan import Kind, SourceTensor, TypePlan, fits
+from tritcore.errors import TritError, UsageError
+from tritcore.gguf_types import TRIT_TYPE
 
 CANDIDATES = (TRIT_TYPE[2], TRIT_TYPE[3], TRIT_TYPE[4], GGMLQuantizationType.Q8_0)
 

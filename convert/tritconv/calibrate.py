@@ -17,11 +17,7 @@ from tritconv.calibration.reach import GgufNames, find_reach
 from tritconv.calibration.rows import Place, RowMap
 from tritconv.calibration.store import LayerStore
 from tritconv.calibration.text import TextOptions, check_memory, render, sequences
-from tritconv.codec import pack, unpack
-from tritconv.console import err, note, one_line, share_bar
 from tritconv.encode import n_bytes
-from tritconv.format import BYTES_PER_BLOCK
-from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.layerwise import Depths, LayerQuantizer
 from tritconv.methods import search
 from tritconv.methods.tune import (
@@ -34,10 +30,14 @@ from tritconv.methods.tune import (
     save_tuned,
     tune,
 )
-from tritconv.model_file import parts_of, read_model_file
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.weights import find_weights
 from tritconv.workers import Workers
+from tritcore.codec import pack, unpack
+from tritcore.console import err, note, one_line, share_bar
+from tritcore.format import BYTES_PER_BLOCK
+from tritcore.gguf_header import parts_of, read_model_file
+from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from tritconv.errors import TritError
 from tritconv.hub import download
 from tritconv.model_config import read_config
 from tritconv.weights import find_weights
+from tritcore.errors import TritError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from gguf import GGMLQuantizationType
 
-from tritconv import __version__, cache, sizes
-from tritconv.commands import examples, new_app
-from tritconv.console import out, warning
-from tritconv.errors import UsageError
-from tritconv.format import DEPTHS
-from tritconv.gguf_types import TRIT_TYPE
+from tritconv import __version__
 from tritconv.plan import TypePlan, TypeRule
+from tritcore import cache, sizes
+from tritcore.commands import examples, new_app
+from tritcore.console import out, warning
+from tritcore.errors import UsageError
+from tritcore.format import DEPTHS
+from tritcore.gguf_types import TRIT_TYPE
 
 if TYPE_CHECKING:
     from tritconv.allocate import Budget

@@ -9,24 +9,24 @@ from pathlib import Path
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
 import tritconv
-from tritconv import loads
 from tritconv.allocate import FileSize, check
 from tritconv.calibrate import CalibrationOptions, Origin, calibrate
 from tritconv.checkpoint import find_checkpoint
-from tritconv.console import byte_bar, err, one_line, quiet
 from tritconv.encode import n_bytes
-from tritconv.errors import TritError
-from tritconv.format import FORMAT_VERSION
 from tritconv.gguf_source import open_gguf
 from tritconv.hf import open_checkpoint
 from tritconv.lattice import LatticeImport
 from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
-from tritconv.model_file import name_of_model, read_model_file
-from tritconv.output import Output, reserve
 from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule
 from tritconv.workers import all_cores
 from tritconv.writer import Written, header_bytes, write, write_outline
+from tritcore import loads
+from tritcore.console import byte_bar, err, one_line, quiet
+from tritcore.errors import TritError
+from tritcore.format import FORMAT_VERSION
+from tritcore.gguf_header import name_of_model, read_model_file
+from tritcore.output import Output, reserve
 
 # How file names end that say their type: model-F16, model.Q4_K_M
 _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORECASE)

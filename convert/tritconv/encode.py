@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from tritconv.errors import NotFiniteError, RangeError
-from tritconv.format import BLOCK_SIZE
-from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.methods import Quantizer
 from tritconv.methods.search import check_reach
 from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
+from tritcore.errors import NotFiniteError, RangeError
+from tritcore.format import BLOCK_SIZE
+from tritcore.gguf_types import DEPTH_OF_TYPE
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 # Packages that compute with kernels from the hub take torch's own without them.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 
-from tritconv.codec import validate
-from tritconv.errors import TritError
-from tritconv.format import BYTES_PER_BLOCK
-from tritconv.gguf_types import DEPTH_OF_TYPE
-from tritconv.model_file import ModelFile, Tensor, parts_of, raw_values, read_model_file
 from tritconv.plan import Kind, SourceTensor, kind_of
+from tritcore.codec import validate
+from tritcore.errors import TritError
+from tritcore.format import BYTES_PER_BLOCK
+from tritcore.gguf_header import ModelFile, Tensor, parts_of, raw_values, read_model_file
+from tritcore.gguf_types import DEPTH_OF_TYPE
 
 # Matrices that llama.cpp computes with in float only; its converter keeps the same ones.
 _FLOAT_ONLY = {

@@ -32,8 +32,6 @@ from tritconv.agreement import (
     check_tokens,
     fit_tokens,
 )
-from tritconv.console import note
-from tritconv.errors import TritError, first_line
 from tritconv.foreign_code import guard
 from tritconv.model_card import usable_card
 from tritconv.model_config import read_config
@@ -41,6 +39,8 @@ from tritconv.plan import Kind, SourceTensor, kind_of
 from tritconv.tokenizer import TokenizerReading
 from tritconv.upstream import TensorReading, at_work, reading, reason
 from tritconv.weights import read_weights
+from tritcore.console import note
+from tritcore.errors import TritError, first_line
 
 # The libraries' remarks on the way are for their developers; what matters comes back as an exception.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -10,12 +10,12 @@ from rich.filesize import decimal as human_size
 from rich.markup import escape
 from rich.table import Table
 
-from tritconv.codec import Blocks, unpack, validate
-from tritconv.console import without_controls
-from tritconv.errors import TritError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, N_SCALES
-from tritconv.gguf_types import DEPTH_OF_TYPE
-from tritconv.model_file import ModelFile, Skipped, Tensor, read_model_file
+from tritcore.codec import Blocks, unpack, validate
+from tritcore.console import without_controls
+from tritcore.errors import TritError
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, N_SCALES
+from tritcore.gguf_header import ModelFile, Skipped, Tensor, read_model_file
+from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _BAR_WIDTH = 40
 _VALUE_WIDTH = 72

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tritconv.codec import pack, unpack
-from tritconv.errors import RangeError
-from tritconv.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, GROUP_SIZE, N_GROUPS, N_SCALES
 from tritconv.methods import Quantizer
 from tritconv.methods.scales import blocks_of_rows
 from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
+from tritcore.codec import pack, unpack
+from tritcore.errors import RangeError
+from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, GROUP_SIZE, N_GROUPS, N_SCALES
 
 _SAMPLE_GROUPS = 1024
 _NEAR = 0.06  # half a step between the scales of the TRIT types

@@ -17,10 +17,10 @@ from tritconv.calibration.moments import LayerStreams, Moments
 from tritconv.calibration.outputs import OutputMoments
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
-from tritconv.codec import Blocks, pack, unpack
-from tritconv.errors import NotFiniteError, RangeError
-from tritconv.format import BYTES_PER_BLOCK
 from tritconv.methods import gptq, search
+from tritcore.codec import Blocks, pack, unpack
+from tritcore.errors import NotFiniteError, RangeError
+from tritcore.format import BYTES_PER_BLOCK
 
 _LEAST_TOKENS = 256  # below that, an expert's Hessian says too little about its inputs
 _METHOD = "gptq"

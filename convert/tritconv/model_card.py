@@ -7,8 +7,8 @@ from typing import Any
 
 from gguf import Metadata
 
-from tritconv.console import note
-from tritconv.errors import first_line
+from tritcore.console import note
+from tritcore.errors import first_line
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 # Parts of config.json that describe the language model of a larger one
 _TEXT_PARTS = ("text_config", "llm_config", "lm_config", "language_config", "thinker_config")

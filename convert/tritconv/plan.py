@@ -10,8 +10,8 @@ from enum import Enum
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from tritconv.errors import TritError
-from tritconv.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
+from tritcore.errors import TritError
+from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
 
 
 class Kind(Enum):

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 _NAMES = {
     "aqlm": "AQLM",

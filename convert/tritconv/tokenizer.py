@@ -10,9 +10,9 @@ from typing import Any
 
 from gguf import GGUFWriter, Keys
 
-from tritconv.console import note
-from tritconv.errors import TritError, first_line
 from tritconv.foreign_code import is_trusted, refusal_in
+from tritcore.console import note
+from tritcore.errors import TritError, first_line
 
 _FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "rwkv_vocab_*.txt")
 

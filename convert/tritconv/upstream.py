@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tritconv import quantized
-from tritconv.errors import TritError, first_line
 from tritconv.weights import LazyTensors
+from tritcore.errors import TritError, first_line
 
 # Tensors that old versions of transformers stored, though they follow from the architecture
 _COMPUTED = ("position_ids", "causal_mask", "inv_freq")

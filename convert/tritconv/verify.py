@@ -11,13 +11,13 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.progress import TaskID
 
-from tritconv import loads
-from tritconv.codec import invalid_blocks
-from tritconv.console import byte_bar, one_line, out
-from tritconv.errors import TritError
 from tritconv.gguf_source import not_a_model
-from tritconv.gguf_types import DEPTH_OF_TYPE
-from tritconv.model_file import ModelFile, Tensor, parts_of, read_model_file
+from tritcore import loads
+from tritcore.codec import invalid_blocks
+from tritcore.console import byte_bar, one_line, out
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile, Tensor, parts_of, read_model_file
+from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _CHUNK = 1 << 20  # bytes that a thread reads and checks at a time
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 # in the order in which llama.cpp's converter and transformers look for them
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -13,8 +13,8 @@ from typing import Any
 from gguf.utility import SafetensorsLocal
 from safetensors import SafetensorError, safe_open
 
-from tritconv.errors import TritError, first_line
 from tritconv.weight_files import indexed, no_weights
+from tritcore.errors import TritError, first_line
 
 # stem and suffix of the file names, in the order in which llama.cpp's converter and transformers look for them
 _LAYOUTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))

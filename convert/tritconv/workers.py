@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from tritconv.errors import RangeError
-from tritconv.format import BLOCK_SIZE
+from tritcore.errors import RangeError
+from tritcore.format import BLOCK_SIZE
 
 _CHUNK_WEIGHTS = 1 << 18  # per task: large enough for vector code, small enough for the memory and an even end
 

@@ -17,13 +17,13 @@ from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
 from gguf.gguf_writer import WriterState
 
 from tritconv.encode import Encoded, Encoder, n_bytes
-from tritconv.errors import NotFiniteError, RangeError, TritError
 from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
-from tritconv.output import Output
 from tritconv.plan import Kind, SourceTensor, TypePlan
 from tritconv.verify import findings
 from tritconv.workers import Workers
+from tritcore.errors import NotFiniteError, RangeError, TritError
+from tritcore.output import Output
 
 
 @dataclass(frozen=True)

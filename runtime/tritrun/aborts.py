@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tritconv.console import one_line
+from tritcore.console import one_line
 
 NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}  # environment with which ggml starts no debugger on itself
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 _TAIL = struct.Struct("<I8s")
 _MAGIC, _OLD_MAGIC = b"tritrun2", b"tritrun1"

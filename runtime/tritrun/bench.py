@@ -8,10 +8,10 @@ from rich.filesize import decimal as human_size
 from rich.markup import escape
 from rich.table import Table
 
-from tritconv.console import err, one_line
-from tritconv.errors import TritError
-from tritconv.loads import refusal
-from tritconv.model_file import ModelFile
+from tritcore.console import err, one_line
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile
+from tritcore.loads import refusal
 from tritrun import variants
 from tritrun.tools import run_tool
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rich.filesize import decimal as human_size
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.comparison import Comparison, Row
 from tritrun.scatter import Chart, Point
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritconv.console import err, error, note, without_controls, write_answer
-from tritconv.errors import TritError
+from tritcore.console import err, error, note, without_controls, write_answer
+from tritcore.errors import TritError
 from tritrun.conversation import Conversation
 from tritrun.engine import Answer, Engine, Finish
 from tritrun.llama import Sampling

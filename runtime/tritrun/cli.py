@@ -10,8 +10,9 @@ from rich.filesize import decimal as human_size
 from rich.measure import Measurement
 from rich.table import Table
 
-from tritconv.commands import examples, new_app
-from tritconv.console import err, note, out
+from tritcore.commands import examples, new_app
+from tritcore.console import err, note, out
+from tritcore.files import check_writable, write_text_atomically
 from tritrun import variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
@@ -21,7 +22,6 @@ from tritrun.compare import compare as run_comparison
 from tritrun.compare import work_folder
 from tritrun.compare_plan import Plan, SpeedSettings
 from tritrun.engine import Engine
-from tritrun.files import check_writable, write_text_atomically
 from tritrun.machine import available_memory, physical_cores
 from tritrun.models import read_text_model
 from tritrun.page import as_page

@@ -15,14 +15,14 @@ from pathlib import Path
 from rich.filesize import decimal as human_size
 from rich.markup import escape
 
-from tritconv.console import err, note
-from tritconv.errors import TritError
-from tritconv.model_file import ModelFile
+from tritcore.console import err, note
+from tritcore.errors import TritError
+from tritcore.files import check_writable, sha256_of_all
+from tritcore.gguf_header import ModelFile
 from tritrun import machine, variants
 from tritrun.bench import BenchRun
 from tritrun.compare_plan import Plan
 from tritrun.comparison import Comparison, Conditions, Row, contents
-from tritrun.files import check_writable, sha256_of_all
 from tritrun.kept import Kept, Key
 from tritrun.models import paths_of, read_text_model
 from tritrun.naming import clean_name, labels_of, split_label

@@ -12,8 +12,8 @@ from rich.filesize import decimal as human_size
 from rich.markup import escape
 from rich.table import Table
 
-from tritconv.console import one_line
-from tritconv.model_file import ModelFile
+from tritcore.console import one_line
+from tritcore.gguf_header import ModelFile
 from tritrun.base_logits import scored_tokens
 from tritrun.naming import clean_name
 from tritrun.perplexity import Divergence

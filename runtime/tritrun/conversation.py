@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from tritconv.errors import TritError
-from tritrun.files import write_text_atomically
+from tritcore.errors import TritError
+from tritcore.files import write_text_atomically
 from tritrun.template import Message, Role
 
 _FILE_FORMAT = "tritrun-chat"

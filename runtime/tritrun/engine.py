@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tritconv.console import note
-from tritconv.errors import TritError
-from tritconv.model_file import ModelFile
+from tritcore.console import note
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile
 from tritrun import reasoning
 from tritrun.llama import Llama, Sampling, load_bindings
 from tritrun.machine import available_memory

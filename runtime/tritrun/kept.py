@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritrun.files import write_text_atomically
+from tritcore.files import write_text_atomically
 
 Key = Mapping[str, Any]  # all that a result depends on; JSON holds it
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tritconv.console import one_line
-from tritconv.errors import TritError
+from tritcore.console import one_line
+from tritcore.errors import TritError
 
 _BATCH = 512  # tokens computed at once
 _TOP_K, _MIN_P = 40, 0.05

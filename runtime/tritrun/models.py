@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from tritconv.errors import TritError
-from tritconv.model_file import ModelFile, Skipped, parts_of, read_model_file
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile, Skipped, parts_of, read_model_file
 
 _NO_MODELS = {
     "adapter": "an adapter (LoRA): merge it into its model first",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tritconv.console import one_line
+from tritcore.console import one_line
 
 _LONGEST_NAME = 80  # letters
 

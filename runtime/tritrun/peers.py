@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tritconv.console import err, one_line
-from tritconv.errors import TritError
-from tritconv.model_file import ModelFile, read_model_file
-from tritrun.files import scratch_beside
+from tritcore.console import err, one_line
+from tritcore.errors import TritError
+from tritcore.files import scratch_beside
+from tritcore.gguf_header import ModelFile, read_model_file
 from tritrun.text_tool import run_over_text
 from tritrun.tools import Finished, run_tool
 

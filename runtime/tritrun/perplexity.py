@@ -14,12 +14,12 @@ from rich.filesize import decimal as human_size
 from rich.markup import escape
 from rich.table import Table
 
-from tritconv.console import note, one_line
-from tritconv.errors import TritError
-from tritconv.model_file import ModelFile
+from tritcore.console import note, one_line
+from tritcore.errors import TritError
+from tritcore.files import scratch_beside, sha256, sha256_of_all
+from tritcore.gguf_header import ModelFile
 from tritrun import variants
 from tritrun.base_logits import Stamp, append_stamp, check_stamp, logits_bytes
-from tritrun.files import scratch_beside, sha256, sha256_of_all
 from tritrun.machine import available_memory
 from tritrun.models import paths_of
 from tritrun.perplexity_log import Estimate, PerplexityLog

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from tritconv.model_file import ModelFile
+from tritcore.gguf_header import ModelFile
 from tritrun.bench import BenchRun
 
 PHASES = ("decode", "prompt")

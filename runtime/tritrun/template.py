@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tritconv.errors import TritError, first_line
+from tritcore.errors import TritError, first_line
 from tritrun.limits import limited_memory, limited_time
 
 Role = Literal["system", "user", "assistant"]

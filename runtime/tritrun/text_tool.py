@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tritconv.console import err, one_line
-from tritconv.errors import TritError
+from tritcore.console import err, one_line
+from tritcore.errors import TritError
 from tritrun.perplexity_log import PerplexityLog
 from tritrun.tools import run_tool
 

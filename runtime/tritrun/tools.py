@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.aborts import NO_BACKTRACE, failed_check
 
 _SECONDS_TO_DRAIN = 5

@@ -8,7 +8,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 from tritrun.tools import library_folder
 
 NATIVE = "native"

@@ -10,11 +10,11 @@ from pathlib import Path
 if __name__ == "__main__":
     import atheris
 
-    with atheris.instrument_imports(include=["tritconv.model_file"]):
-        import tritconv.model_file  # noqa: F401
+    with atheris.instrument_imports(include=["tritcore.gguf_header"]):
+        import tritcore.gguf_header  # noqa: F401
 
-from tritconv.errors import TritError
-from tritconv.model_file import parts_of, raw_value, read_header
+from tritcore.errors import TritError
+from tritcore.gguf_header import parts_of, raw_value, read_header
 
 _NAME = "fuzz.gguf"
 _LONGEST = 1000  # characters of an error

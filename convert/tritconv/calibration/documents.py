@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 _LEAST_SAMPLE = 16 << 20  # characters that are kept of all files, at least
 _PER_TOKEN = 16  # characters that are kept for each token wanted: some are left to choose from

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tritconv import ggml
+from tritcore import ggml
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "gguf")
 _PIECE = 1 << 20  # bytes read at a time

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from tritconv import child
 from tritconv.calibration.inputs import Machinery
 from tritconv.calibration.pretrained import INSTEAD, load
-from tritconv.errors import TritError
+from tritcore import child
+from tritcore.errors import TritError
 
 _BATCH_TOKENS = 2048  # through a layer at a time: enough to keep the cores busy, few enough to keep memory small
 

@@ -12,7 +12,7 @@ import torch
 
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.store import LayerStore
-from tritconv.errors import TritError, first_line
+from tritcore.errors import TritError, first_line
 
 _PROMPT = 16  # tokens
 _BATCH = 64  # sequences at a time: the memory of all their keys and values is needed

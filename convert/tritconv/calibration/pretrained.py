@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tritconv.errors import TritError, first_line
 from tritconv.foreign_code import check_attention, guard
 from tritconv.weights import find_weights
+from tritcore.errors import TritError, first_line
 
 # The types of weights in safetensors files that transformers can compute in, the wider ones narrowed.
 _FLOATS = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -17,10 +17,10 @@ from tritconv.calibration.matrices import Matrix, Recorder, matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.pretrained import INSTEAD
 from tritconv.calibration.rows import Place, RowIndex, RowMap
-from tritconv.errors import TritError, first_line
-from tritconv.format import BLOCK_SIZE
-from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritcore.errors import TritError, first_line
+from tritcore.format import BLOCK_SIZE
+from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _TEXTS = (
     "The rehearsal is short: two texts of a few words each.",

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from tritconv import ggml
 from tritconv.allocate import CANDIDATES
 from tritconv.calibration.gradients import LayerGradients, Progress, gradients, stride
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowMap
 from tritconv.calibration.store import LayerStore
-from tritconv.errors import RangeError
-from tritconv.format import BLOCK_SIZE
-from tritconv.gguf_types import DEPTH_OF_TYPE
 from tritconv.methods import search
+from tritcore import ggml
+from tritcore.errors import RangeError
+from tritcore.format import BLOCK_SIZE
+from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _TOKENS = 4096  # enough to tell the matrices apart
 

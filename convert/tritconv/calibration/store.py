@@ -6,8 +6,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from tritconv import cache
 from tritconv.calibration.inputs import Inputs
+from tritcore import cache
 
 
 class LayerStore:

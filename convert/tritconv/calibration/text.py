@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tritconv.calibration.documents import Document
-from tritconv.errors import TritError, first_line
-from tritconv.sizes import show
+from tritcore.errors import TritError, first_line
+from tritcore.sizes import show
 
 _SEPARATOR = "\n\n"
 _STREAMS = 4  # hidden states of all tokens that are in memory at a time

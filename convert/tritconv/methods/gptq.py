@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from tritconv.calibration.moments import Moments
-from tritconv.codec import Blocks, unpack
-from tritconv.errors import TritError
-from tritconv.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
 from tritconv.methods import search
+from tritcore.codec import Blocks, unpack
+from tritcore.errors import TritError
+from tritcore.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
 
 # The damping shrinks the correlations of the inputs: it is so many times the Hessian's own diagonal, added to it. The
 # fewer tokens there are for each column, the less the Hessian of this text says about other texts; and however many

@@ -9,12 +9,12 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from tritconv.console import one_line
-from tritconv.errors import TritError
 from tritconv.methods import search
-from tritconv.model_file import ModelFile, Tensor, read_model_file
 from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
+from tritcore.console import one_line
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile, Tensor, read_model_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MOST_LISTED = 8

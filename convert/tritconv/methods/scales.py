@@ -10,9 +10,10 @@ import itertools
 
 import numpy as np
 
-from tritconv.codec import Blocks, unpack
-from tritconv.errors import RangeError
-from tritconv.format import (
+from tritconv.methods import search
+from tritcore.codec import Blocks, unpack
+from tritcore.errors import RangeError
+from tritcore.format import (
     BLOCK_SIZE,
     BYTES_PER_BLOCK,
     CODE_MAX,
@@ -24,7 +25,6 @@ from tritconv.format import (
     RATIO_ONE,
     anchor,
 )
-from tritconv.methods import search
 
 _POS_ANCHOR = 13  # position of the anchor n = 0
 _N_POS = N_ANCHORS + N_SCALES - 1

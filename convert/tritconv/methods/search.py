@@ -6,12 +6,12 @@ alike. The encoder is ggml's, in C: llama-quantize makes the same blocks.
 
 import numpy as np
 
-from tritconv import ggml
-from tritconv.errors import NotFiniteError, RangeError
-from tritconv.format import BLOCK_SIZE, CODE_MAX, N_ANCHORS, RATIO_ONE, WORDS_PER_BLOCK, ZERO, anchor
-from tritconv.gguf_types import TRIT_TYPE
 from tritconv.plan import SourceTensor
 from tritconv.workers import Workers
+from tritcore import ggml
+from tritcore.errors import NotFiniteError, RangeError
+from tritcore.format import BLOCK_SIZE, CODE_MAX, N_ANCHORS, RATIO_ONE, WORDS_PER_BLOCK, ZERO, anchor
+from tritcore.gguf_types import TRIT_TYPE
 
 _REFUSED = 1  # the words of a block that the encoder cannot store: no encoding of any trits
 

@@ -18,8 +18,8 @@ from torch.nn.functional import kl_div
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
-from tritconv.codec import Blocks, pack, unpack
-from tritconv.format import BLOCK_SIZE, CODE_MAX, GROUP_SIZE
+from tritcore.codec import Blocks, pack, unpack
+from tritcore.format import BLOCK_SIZE, CODE_MAX, GROUP_SIZE
 
 _HELD_OUT = 16  # one sequence in so many
 _MOST_HELD_OUT = 16  # sequences

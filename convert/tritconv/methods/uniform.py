@@ -6,11 +6,11 @@ codes. Then the codes are kept, and the scales become the nearest that the TRIT 
 
 import numpy as np
 
-from tritconv.codec import pack
-from tritconv.format import CODE_MAX, GROUP_SIZE, N_SCALES, ZERO
 from tritconv.methods.scales import blocks_of_rows
 from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
+from tritcore.codec import pack
+from tritcore.format import CODE_MAX, GROUP_SIZE, N_SCALES, ZERO
 
 _ORDER_STATISTICS = (10, 12, 14, 15)  # of the sorted magnitudes of a group: candidates for what the top code stands for
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from tritconv import sizes
-from tritconv.errors import TritError
+from tritcore import sizes
+from tritcore.errors import TritError
 
 if sys.platform != "win32":
     from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock

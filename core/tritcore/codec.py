@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tritconv.errors import TritError
-from tritconv.format import (
+from tritcore.errors import TritError
+from tritcore.format import (
     BLOCK_SIZE,
     CODE_MAX,
     DEPTHS,

@@ -18,8 +18,8 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from rich.filesize import decimal as human_size
 
-from tritconv.errors import TritError, first_line
-from tritconv.format import FORMAT_VERSION
+from tritcore.errors import TritError, first_line
+from tritcore.format import FORMAT_VERSION
 
 _GGUF_VERSIONS = (2, 3)
 _MAX_DIMS = 4

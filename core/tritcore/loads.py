@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tritconv import child
+from tritcore import child
 
 _SECONDS = 300  # more than the largest vocabulary takes
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR

@@ -7,8 +7,9 @@ their values. Both then know the TRIT types. The ids and sizes come with the pat
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from tritconv.codec import unpack
-from tritconv.format import DEPTHS
+from tritcore import ggml
+from tritcore.codec import unpack
+from tritcore.format import DEPTHS
 
 TRIT_TYPE = {depth: GGMLQuantizationType[f"TRIT{depth}"] for depth in DEPTHS}
 DEPTH_OF_TYPE = {qtype: depth for depth, qtype in TRIT_TYPE.items()}
@@ -18,9 +19,7 @@ def _register(trit_depth: int) -> None:
     class Trit(quants.__Quant, qtype=TRIT_TYPE[trit_depth]):  # type: ignore[call-arg]
         @classmethod
         def quantize_rows(cls, rows: np.ndarray) -> np.ndarray:
-            from tritconv.methods import search  # which needs this module first
-
-            return search.quantize(rows.astype(np.float32, copy=False), trit_depth)
+            return ggml.quantize(rows.astype(np.float32, copy=False), TRIT_TYPE[trit_depth])
 
         @classmethod
         def dequantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tritconv.console import error, forgive_encodings
-from tritconv.errors import Terminated, TritError, UsageError, first_line
+from tritcore.console import error, forgive_encodings
+from tritcore.errors import Terminated, TritError, UsageError, first_line
 
 _FAILED, _MISUSED = 1, 2
 _KILLED = 128  # plus the number of the signal, as shells do

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 if sys.platform != "win32":
     from fcntl import LOCK_EX, LOCK_NB, flock

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tritconv.errors import TritError
+from tritcore.errors import TritError
 
 _PIECE = 1 << 20  # bytes read at a time
 

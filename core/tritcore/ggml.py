@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from tritconv.errors import TritError
-from tritconv.format import BLOCK_SIZE
+from tritcore.errors import TritError
+from tritcore.format import BLOCK_SIZE
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 
