@@ -22,9 +22,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
 from command import exit_status
-from tritconv.gguf_source import open_gguf
 from tritconv.methods.imatrix import read_imatrix
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.sources.gguf import open_gguf
 from tritconv.workers import all_cores
 from tritconv.writer import write
 from tritcore import ggml

@@ -24,8 +24,8 @@ from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from command import exit_status
 from programs import ROOT
-from tritconv.gguf_source import open_gguf
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.sources.gguf import open_gguf
 from tritconv.workers import all_cores
 from tritconv.writer import write
 from tritcore.console import err, out

@@ -28,8 +28,8 @@ from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.reach import Reach
 from tritconv.calibration.store import LayerStore
 from tritconv.cli import app
-from tritconv.hf import open_checkpoint
 from tritconv.plan import TypePlan
+from tritconv.sources.mapped import open_checkpoint
 from tritcore import cache, sizes
 from tritcore.errors import TritError
 from tritcore.output import Output

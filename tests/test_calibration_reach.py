@@ -16,7 +16,6 @@ from checkpoints import VOCABULARY, make_bpe_tokenizer, write_sentencepiece
 from gguf import GGMLQuantizationType, quants
 from safetensors.torch import load_file, save_file
 
-from tritconv import layerwise
 from tritconv.calibrate import Calibration, CalibrationOptions, Origin, calibrate
 from tritconv.calibration import model as model_module
 from tritconv.calibration.documents import Document
@@ -26,11 +25,13 @@ from tritconv.calibration.moments import Moments
 from tritconv.calibration.reach import Reach, find_reach
 from tritconv.calibration.rows import RowIndex, RowMap
 from tritconv.calibration.text import TextOptions
-from tritconv.hf import Checkpoint, open_checkpoint
-from tritconv.methods import gptq, search
+from tritconv.methods.gptq import layers as layerwise
+from tritconv.methods.gptq import matrix as gptq
 from tritconv.methods.tune import TuneOptions
 from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.sources.mapped import Checkpoint, open_checkpoint
 from tritconv.workers import Workers
+from tritcore import encoder
 from tritcore.codec import pack
 from tritcore.errors import TritError
 from tritcore.gguf_types import TRIT_TYPE
@@ -444,13 +445,13 @@ def test_the_search_of_scales_is_the_same_in_threads(monkeypatch: pytest.MonkeyP
     generator = torch.Generator().manual_seed(0)
     weights, x = (torch.randn(rows, 128, generator=generator) for rows in (400, 500))
     parts: list[int] = []
-    plain = search.quantize
+    plain = encoder.quantize
 
     def watched(weights: np.ndarray, depth: int, importance: np.ndarray) -> np.ndarray:
         parts.append(len(weights))
         return plain(weights, depth, importance)
 
-    monkeypatch.setattr(search, "quantize", watched)
+    monkeypatch.setattr(encoder, "quantize", watched)
     found = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

@@ -16,10 +16,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from tritconv.checkpoint import find_checkpoint
 from tritconv.convert import Job, hf_to_gguf
-from tritconv.hf import Checkpoint, open_checkpoint
 from tritconv.plan import SourceTensor, TypePlan
+from tritconv.sources.checkpoint import find_checkpoint
+from tritconv.sources.mapped import Checkpoint, open_checkpoint
 from tritcore.errors import TritError
 
 Weights = dict[str, torch.Tensor]
@@ -305,7 +305,7 @@ def test_number_of_layers(n_layers: int, words: str, folder: Path) -> None:
 
 def test_layers_are_not_dropped_by_converters_that_drop_some(folder: Path) -> None:
     """DeepSeek's leaves out layers past the number of the config, for MTP: only such may be."""
-    from tritconv.agreement import check_layers
+    from tritconv.sources.agreement import check_layers
 
     names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(4)]
     with pytest.raises(TritError, match=r"model\.layers\.3 too"):

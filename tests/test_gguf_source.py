@@ -11,8 +11,8 @@ from gguf import GGUFValueType as V
 from tiny_gguf import bare_gguf, entry, list_entry, tensor_entry, u32_entry, write_tiny_model
 
 from tritconv.convert import Job, gguf_to_gguf
-from tritconv.gguf_source import open_gguf
 from tritconv.plan import TypePlan
+from tritconv.sources.gguf import open_gguf
 from tritconv.verify import findings
 from tritcore.codec import pack, unpack
 from tritcore.errors import TritError

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tritconv.calibration.moments import Moments
-from tritconv.methods import gptq, search
+from tritconv.methods.gptq import matrix as gptq
+from tritcore import encoder
 from tritcore.codec import pack, unpack, validate
 from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 
@@ -49,7 +50,7 @@ def test_products_are_nearer_than_those_of_the_search(depth: int) -> None:
     validate(depth, data)
 
     wanted = x @ weights.T
-    searched = search.quantize(weights.numpy(), depth, moments.hessian.diagonal().numpy())
+    searched = encoder.quantize(weights.numpy(), depth, moments.hessian.diagonal().numpy())
     ours = product_error(decoded(data, depth), wanted, x)
     assert ours < 0.8 * product_error(decoded(searched, depth), wanted, x)
 
@@ -59,7 +60,7 @@ def test_unseen_inputs_profit_too() -> None:
     seen = x[:2048]
     blocks = gptq.quantize(weights, 2, Moments(seen.T @ seen, n_tokens=len(seen))).blocks
     wanted = unseen @ weights.T
-    searched = search.quantize(weights.numpy(), 2, None)
+    searched = encoder.quantize(weights.numpy(), 2, None)
     assert product_error(decoded(pack(blocks), 2), wanted, unseen) < 0.8 * product_error(
         decoded(searched, 2), wanted, unseen
     )

@@ -14,11 +14,11 @@ from gguf import GGUFReader
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from tritconv.checkpoint import find_checkpoint
-from tritconv.foreign_code import trusted
-from tritconv.hub import download
-from tritconv.weight_files import indexed
-from tritconv.weights import read_weights
+from tritconv.sources.checkpoint import find_checkpoint
+from tritconv.sources.foreign_code import trusted
+from tritconv.sources.hub import download
+from tritconv.sources.weight_files import indexed
+from tritconv.sources.weights import read_weights
 from tritcore.errors import TritError
 
 

@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 from test_hostile_headers import HOSTILE
 
-from tritconv.methods import search
 from tritconv.methods.imatrix import read_imatrix
+from tritcore import encoder
 from tritcore.errors import TritError
 from tritcore.format import DEPTHS
 from tritcore.gguf_header import read_model_file
@@ -271,7 +271,7 @@ def test_experts_have_their_own_importances(experts_gguf: Path, tmp_path: Path) 
     weights = {t.name: t.data.astype(np.float32) for t in GGUFReader(experts_gguf).tensors if t.name in experts}
     for name, matrices in weights.items():
         size = len(got[name]) // 4
-        alike = [search.quantize(m, 2, np.ones(m.shape[1], np.float32)).tobytes() for m in matrices]
+        alike = [encoder.quantize(m, 2, np.ones(m.shape[1], np.float32)).tobytes() for m in matrices]
         same = [got[name][i * size : (i + 1) * size] == alike[i] for i in range(4)]
         assert same == [False, True, False, False]
 

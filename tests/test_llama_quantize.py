@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from tiny_gguf import write_tiny_model
 
-from tritconv.methods import search
+from tritcore import encoder
 from tritcore.format import DEPTHS
 
 pytestmark = pytest.mark.build
@@ -101,7 +101,7 @@ def test_small_blocks_are_stored(threads: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     values, blocks = ({t.name: t.data for t in GGUFReader(path).tensors} for path in (source, target))
     for name in ("blk.0.ffn_up.weight", "blk.1.ffn_up.weight"):
-        assert blocks[name].tobytes() == search.quantize(values[name].astype(np.float32), 2).tobytes()
+        assert blocks[name].tobytes() == encoder.quantize(values[name].astype(np.float32), 2).tobytes()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType as Type
 from tiny_gguf import TOKENS, write_tiny_model
 
 from tritconv.convert import Job, gguf_to_gguf
-from tritconv.gguf_source import open_gguf
 from tritconv.plan import TypePlan
+from tritconv.sources.gguf import open_gguf
 from tritconv.writer import write_outline
 from tritcore.errors import TritError
 from tritcore.loads import refusal

@@ -14,10 +14,10 @@ from checkpoints import make_bpe_tokenizer
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
-from tritconv.checkpoint import find_checkpoint
 from tritconv.convert import Job, hf_to_gguf
-from tritconv.hf import Checkpoint, open_checkpoint
 from tritconv.plan import Kind, TypePlan, TypeRule
+from tritconv.sources.checkpoint import find_checkpoint
+from tritconv.sources.mapped import Checkpoint, open_checkpoint
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 

@@ -19,8 +19,8 @@ from tritconv.calibration.documents import Document
 from tritconv.calibration.model import _fast_precision
 from tritconv.calibration.pretrained import load
 from tritconv.calibration.text import render
-from tritconv.foreign_code import trusted
-from tritconv.hf import open_checkpoint
+from tritconv.sources.foreign_code import trusted
+from tritconv.sources.mapped import open_checkpoint
 from tritcore.errors import TritError
 
 # What the attacker's code does. The class works, so that code which is trusted serves.
@@ -112,7 +112,7 @@ def test_no_converter_class_runs_code(victim: Path, marker: Path, tmp_path: Path
         from pathlib import Path
         from unittest.mock import MagicMock
         import conversion
-        from tritconv.foreign_code import guard, trusted
+        from tritconv.sources.foreign_code import guard, trusted
         conversion.load_all_models()
         guard()
         def read_all():
@@ -189,7 +189,7 @@ def test_files_that_were_downloaded_do_not_run(marker: Path, tmp_path: Path) -> 
     (downloaded / "kernel.so").write_bytes(b"")
     program = f"""
         import ctypes, importlib.util, runpy, sys
-        from tritconv.foreign_code import ForeignCodeError, guard, trusted
+        from tritconv.sources.foreign_code import ForeignCodeError, guard, trusted
         guard()
         from transformers.dynamic_module_utils import get_class_in_module
         def load_kernel():

@@ -15,7 +15,7 @@ from tritconv.methods import Quantizer, search
 from tritconv.methods.uniform import Uniform
 from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers
-from tritcore import ggml
+from tritcore import encoder, ggml
 from tritcore.codec import Blocks, unpack, validate
 from tritcore.errors import RangeError
 from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, ZERO, anchor
@@ -34,7 +34,7 @@ def least(depth: int) -> float:
 
 def stored(w: np.ndarray, depth: int, importance: np.ndarray | None = ALIKE) -> Blocks:
     """Blocks of weights float32 (n, 64), by the search, each a row of its own."""
-    data = search.quantize(w, depth, importance)
+    data = encoder.quantize(w, depth, importance)
     validate(depth, data)
     assert reference.validate(depth, data)
     return unpack(depth, data)
@@ -117,7 +117,7 @@ def test_the_rule(depth: int) -> None:
         expected = _excess(w, depth)
         part = ggml.measure_reach(w, depth)
         assert part.excess / (USUAL_LOSS[depth] * part.energy) == pytest.approx(expected, rel=1e-4, abs=1e-9)
-        assert search.reaches(w.reshape(10, -1), depth) == (expected <= 0.01)
+        assert encoder.reaches(w.reshape(10, -1), depth) == (expected <= 0.01)
         seen.add((share, expected <= 0.01))
     assert {(1.0, True), (1.0, False), (0.3, True)} <= seen
     assert (0.002, False) not in seen
@@ -132,7 +132,7 @@ def test_the_usual_loss_is_that_of_normally_distributed_weights(depth: int) -> N
 
 @pytest.mark.parametrize("values", [np.zeros((4, 64)), np.full((4, 64), -0.0), np.full((4, 64), 1e-30)])
 def test_zeros_are_not_too_small(values: np.ndarray) -> None:
-    assert all(search.reaches(values.astype(np.float32), depth) for depth in DEPTHS)
+    assert all(encoder.reaches(values.astype(np.float32), depth) for depth in DEPTHS)
 
 
 def _encode(values: np.ndarray, depth: int, quantizer: Quantizer, threads: int = 2) -> np.ndarray:
@@ -199,4 +199,4 @@ def test_an_expert_that_hardly_does_anything_is_stored_with_the_others(depth: in
     values = normal(0, (8, 128, 256), 0.02)
     values[3] *= np.float32(1e-3)
     validate(depth, _encode(values, depth, search.Search()).reshape(-1, BYTES_PER_BLOCK[depth]))
-    assert not search.reaches(values[3], depth)
+    assert not encoder.reaches(values[3], depth)

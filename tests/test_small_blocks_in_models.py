@@ -14,7 +14,7 @@ from test_small_blocks import least, planted
 from typer.testing import CliRunner
 
 from tritconv.cli import app
-from tritconv.methods import gptq
+from tritconv.methods.gptq import matrix as gptq
 from tritcore.codec import validate
 from tritcore.errors import NotFiniteError
 from tritcore.format import BYTES_PER_BLOCK

@@ -12,8 +12,8 @@ import pytest
 from checkpoints import make_bpe_tokenizer
 from gguf import GGUFWriter, Keys
 
-from tritconv.hf import open_checkpoint
-from tritconv.tokenizer import ENDS_BY_TEXT, pre_tokenizers
+from tritconv.sources.mapped import open_checkpoint
+from tritconv.sources.tokenizer import ENDS_BY_TEXT, pre_tokenizers
 from tritcore.errors import TritError
 
 EOS, EOT, EOM = Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID

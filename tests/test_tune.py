@@ -11,8 +11,8 @@ from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
-from tritconv.methods import search
 from tritconv.methods.tune import Latent, Tuned, TuneOptions, hold_out, load_tuned, save_tuned, tune
+from tritcore import encoder
 from tritcore.codec import Blocks, unpack
 from tritcore.format import BYTES_PER_BLOCK
 
@@ -37,7 +37,7 @@ def tokens() -> torch.Tensor:
 
 
 def blocks_of(weights: torch.Tensor) -> Blocks:
-    return unpack(DEPTH, search.quantize(weights.float().numpy(), DEPTH, None).reshape(-1, BYTES_PER_BLOCK[DEPTH]))
+    return unpack(DEPTH, encoder.quantize(weights.float().numpy(), DEPTH, None).reshape(-1, BYTES_PER_BLOCK[DEPTH]))
 
 
 def train(model: LayeredModel, tokens: torch.Tensor, options: TuneOptions) -> tuple[Tuned, dict[Place, Blocks], list]:
@@ -120,7 +120,7 @@ def test_a_finished_result_is_not_trained_again(
 def test_latent_weights(depth: int) -> None:
     """They round to the codes that they start at, stay within the type's range, and pass gradients on."""
     weights = torch.randn(4, 128, generator=torch.Generator().manual_seed(depth))
-    data = search.quantize(weights.numpy(), depth, None)
+    data = encoder.quantize(weights.numpy(), depth, None)
     blocks = unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth]))
     latent = Latent(blocks, torch.full((4, 128), 0.499))
     assert (latent.blocks().codes == blocks.codes).all()

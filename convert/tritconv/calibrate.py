@@ -18,8 +18,8 @@ from tritconv.calibration.rows import Place, RowMap
 from tritconv.calibration.store import LayerStore
 from tritconv.calibration.text import TextOptions, check_memory, render, sequences
 from tritconv.encode import n_bytes
-from tritconv.layerwise import Depths, LayerQuantizer
 from tritconv.methods import search
+from tritconv.methods.gptq.layers import Depths, LayerQuantizer
 from tritconv.methods.tune import (
     Latent,
     NormPlace,
@@ -31,7 +31,7 @@ from tritconv.methods.tune import (
     tune,
 )
 from tritconv.plan import Kind, SourceTensor, TypePlan
-from tritconv.weights import find_weights
+from tritconv.sources.weights import find_weights
 from tritconv.workers import Workers
 from tritcore.codec import pack, unpack
 from tritcore.console import err, note, one_line, share_bar

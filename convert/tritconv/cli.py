@@ -196,7 +196,8 @@ def hf_to_gguf(
     force: Force = False,
 ) -> None:
     """Convert a Hugging Face checkpoint: a local folder, or a model on the hub."""
-    from tritconv import convert, foreign_code, report
+    from tritconv import convert, report
+    from tritconv.sources import foreign_code
 
     size = _size(depth, bpw, target_size, tensor_depth)
     plan = _plan(depth, embed_type, output_type, fallback_type)

@@ -11,14 +11,14 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 import tritconv
 from tritconv.allocate import FileSize, check
 from tritconv.calibrate import CalibrationOptions, Origin, calibrate
-from tritconv.checkpoint import find_checkpoint
 from tritconv.encode import n_bytes
-from tritconv.gguf_source import open_gguf
-from tritconv.hf import open_checkpoint
 from tritconv.lattice import LatticeImport
 from tritconv.methods import Quantizer
 from tritconv.methods.search import Search
 from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule
+from tritconv.sources.checkpoint import find_checkpoint
+from tritconv.sources.gguf import open_gguf
+from tritconv.sources.mapped import open_checkpoint
 from tritconv.workers import all_cores
 from tritconv.writer import Written, header_bytes, write, write_outline
 from tritcore import loads

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.progress import TaskID
 
-from tritconv.gguf_source import not_a_model
+from tritconv.sources.gguf import not_a_model
 from tritcore import loads
 from tritcore.codec import invalid_blocks
 from tritcore.console import byte_bar, one_line, out

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tritconv.foreign_code import check_attention, guard
-from tritconv.weights import find_weights
+from tritconv.sources.foreign_code import check_attention, guard
+from tritconv.sources.weights import find_weights
 from tritcore.errors import TritError, first_line
 
 # The types of weights in safetensors files that transformers can compute in, the wider ones narrowed.

@@ -23,8 +23,7 @@ from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowMap
 from tritconv.calibration.store import LayerStore
-from tritconv.methods import search
-from tritcore import ggml
+from tritcore import encoder, ggml
 from tritcore.errors import RangeError
 from tritcore.format import BLOCK_SIZE
 from tritcore.gguf_types import DEPTH_OF_TYPE
@@ -143,11 +142,11 @@ def _squares(weights: torch.Tensor, inputs: torch.Tensor, output_gradients: torc
 def _reaches(weights: torch.Tensor, qtype: GGMLQuantizationType) -> bool:
     """Whether weights are not too small for a type."""
     depth = DEPTH_OF_TYPE.get(qtype)
-    return depth is None or search.reaches(weights.cpu().numpy(), depth)
+    return depth is None or encoder.reaches(weights.cpu().numpy(), depth)
 
 
 def _stored(weights: np.ndarray, qtype: GGMLQuantizationType, importance: np.ndarray) -> np.ndarray:
     """The values that a type has for weights, both float32 (rows, n)."""
     depth = DEPTH_OF_TYPE.get(qtype)
-    data = ggml.quantize(weights, qtype) if depth is None else search.quantize(weights, depth, importance)
+    data = ggml.quantize(weights, qtype) if depth is None else encoder.quantize(weights, depth, importance)
     return quants.dequantize(data, qtype)

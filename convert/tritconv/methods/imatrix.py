@@ -9,9 +9,9 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from tritconv.methods import search
 from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
+from tritcore import encoder
 from tritcore.console import one_line
 from tritcore.errors import TritError
 from tritcore.gguf_header import ModelFile, Tensor, read_model_file
@@ -142,7 +142,7 @@ class Imatrix:
         importance = self._importance_of(tensor)
 
         def blocks(chunk: Chunk) -> np.ndarray:
-            return search.quantize(chunk.rows, depth, None if importance is None else importance[chunk.matrix])
+            return encoder.quantize(chunk.rows, depth, None if importance is None else importance[chunk.matrix])
 
         return np.concatenate(workers.map(blocks, values))
 

@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from tritconv.methods import search
+from tritcore import encoder
 from tritcore.codec import Blocks, unpack
 from tritcore.errors import RangeError
 from tritcore.format import (
@@ -57,7 +57,7 @@ def nearest_scales(depth: int, codes: np.ndarray, scales: np.ndarray) -> Blocks:
     if len(below):
         weights = codes[below] * np.repeat(scales[below], GROUP_SIZE, axis=1)
         alike = np.ones(BLOCK_SIZE, dtype=np.float32)
-        found = unpack(depth, search.quantize(weights, depth, alike).reshape(-1, BYTES_PER_BLOCK[depth]))
+        found = unpack(depth, encoder.quantize(weights, depth, alike).reshape(-1, BYTES_PER_BLOCK[depth]))
         codes[below], indexes[below] = found.codes, found.scales
 
     some = np.flatnonzero(within)  # the other blocks are zeros

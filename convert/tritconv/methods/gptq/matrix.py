@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from tritconv.calibration.moments import Moments
-from tritconv.methods import search
+from tritcore import encoder
 from tritcore.codec import Blocks, unpack
 from tritcore.errors import TritError
 from tritcore.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
@@ -255,12 +255,12 @@ def _search_scales(weights: torch.Tensor, factor: torch.Tensor, depth: int) -> t
 
 
 def _search(weights: np.ndarray, depth: int, importance: np.ndarray) -> np.ndarray:
-    """As `search.quantize`, by as many threads as torch computes with: rows have nothing to do with each other."""
+    """As `encoder.quantize`, by as many threads as torch computes with: rows have nothing to do with each other."""
     count = min(torch.get_num_threads(), max(len(weights) // _LEAST_ROWS, 1))
     if count == 1:
-        return search.quantize(weights, depth, importance)
+        return encoder.quantize(weights, depth, importance)
     parts = np.array_split(weights, count)
-    return np.concatenate(list(_pool(count).map(lambda part: search.quantize(part, depth, importance), parts)))
+    return np.concatenate(list(_pool(count).map(lambda part: encoder.quantize(part, depth, importance), parts)))
 
 
 @cache

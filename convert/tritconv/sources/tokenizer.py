@@ -10,7 +10,7 @@ from typing import Any
 
 from gguf import GGUFWriter, Keys
 
-from tritconv.foreign_code import is_trusted, refusal_in
+from tritconv.sources.foreign_code import is_trusted, refusal_in
 from tritcore.console import note
 from tritcore.errors import TritError, first_line
 

@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, logging
 
-from tritconv.foreign_code import is_trusted
-from tritconv.weight_files import INDEXES, indexed, no_weights
-from tritconv.weights import refuse_adapter
+from tritconv.sources.foreign_code import is_trusted
+from tritconv.sources.weight_files import INDEXES, indexed, no_weights
+from tritconv.sources.weights import refuse_adapter
 from tritcore.errors import TritError, first_line
 
 logging.set_verbosity_error()  # what matters comes back as an exception

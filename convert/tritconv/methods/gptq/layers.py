@@ -17,7 +17,9 @@ from tritconv.calibration.moments import LayerStreams, Moments
 from tritconv.calibration.outputs import OutputMoments
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
-from tritconv.methods import gptq, search
+from tritconv.methods import search
+from tritconv.methods.gptq import matrix as gptq
+from tritcore import encoder
 from tritcore.codec import Blocks, pack, unpack
 from tritcore.errors import NotFiniteError, RangeError
 from tritcore.format import BYTES_PER_BLOCK
@@ -158,7 +160,7 @@ class LayerQuantizer:
         """
         depth = self._depths[streams.index, group[0]]
         # the experts of a tensor are judged together, by the writer
-        group = [m for m in group if m.is_expert or search.reaches(m.of(streams.full).cpu().numpy(), depth)]
+        group = [m for m in group if m.is_expert or encoder.reaches(m.of(streams.full).cpu().numpy(), depth)]
         if not group:
             return {}
         weights = [matrix.of(streams.full) for matrix in group]
@@ -183,7 +185,7 @@ class LayerQuantizer:
         found: dict[Matrix, tuple[np.ndarray, torch.Tensor | None]] = {}
         for matrix, values in zip(group, weights, strict=True):
             with suppress(RangeError):
-                found[matrix] = search.quantize(values.cpu().numpy(), depth, importance), None
+                found[matrix] = encoder.quantize(values.cpu().numpy(), depth, importance), None
                 self._notes["searched"].append(str(matrix))
         return found
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tritconv import quantized
-from tritconv.weights import LazyTensors
+from tritconv.sources import quantized
+from tritconv.sources.weights import LazyTensors
 from tritcore.errors import TritError, first_line
 
 # Tensors that old versions of transformers stored, though they follow from the architecture

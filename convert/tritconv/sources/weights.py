@@ -13,7 +13,7 @@ from typing import Any
 from gguf.utility import SafetensorsLocal
 from safetensors import SafetensorError, safe_open
 
-from tritconv.weight_files import indexed, no_weights
+from tritconv.sources.weight_files import indexed, no_weights
 from tritcore.errors import TritError, first_line
 
 # stem and suffix of the file names, in the order in which llama.cpp's converter and transformers look for them

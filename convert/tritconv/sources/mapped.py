@@ -24,7 +24,8 @@ from gguf import (
     quants,
 )
 
-from tritconv.agreement import (
+from tritconv.plan import Kind, SourceTensor, kind_of
+from tritconv.sources.agreement import (
     check_head,
     check_layers,
     check_mapped_layers,
@@ -32,13 +33,12 @@ from tritconv.agreement import (
     check_tokens,
     fit_tokens,
 )
-from tritconv.foreign_code import guard
-from tritconv.model_card import usable_card
-from tritconv.model_config import read_config
-from tritconv.plan import Kind, SourceTensor, kind_of
-from tritconv.tokenizer import TokenizerReading
-from tritconv.upstream import TensorReading, at_work, reading, reason
-from tritconv.weights import read_weights
+from tritconv.sources.foreign_code import guard
+from tritconv.sources.model_card import usable_card
+from tritconv.sources.model_config import read_config
+from tritconv.sources.tokenizer import TokenizerReading
+from tritconv.sources.upstream import TensorReading, at_work, reading, reason
+from tritconv.sources.weights import read_weights
 from tritcore.console import note
 from tritcore.errors import TritError, first_line
 

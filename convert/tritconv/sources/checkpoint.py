@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from tritconv.hub import download
-from tritconv.model_config import read_config
-from tritconv.weights import find_weights
+from tritconv.sources.hub import download
+from tritconv.sources.model_config import read_config
+from tritconv.sources.weights import find_weights
 from tritcore.errors import TritError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,0 +1,1 @@
+"""Where models come from: checkpoints of the transformers library, from a folder or the hub, and GGUF files."""
