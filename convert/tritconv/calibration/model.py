@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from tritconv.calibration.inputs import Machinery
 from tritconv.calibration.pretrained import INSTEAD, load
@@ -72,6 +73,16 @@ class LayeredModel:
     def precision(self) -> str:
         """The type that products are computed in."""
         return str(self._precision).removeprefix("torch.")
+
+    @property
+    def product_type(self) -> torch.dtype:
+        """The type that products are computed in."""
+        return self._precision
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers."""
+        return len(self.layers)
 
     @property
     def longest(self) -> int | None:
@@ -176,6 +187,18 @@ class LayeredModel:
                 self._run_model(parameters, layer, input_ids=sequence[None])
         self._calls = calls
         return torch.cat(found)
+
+    def embed_each(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The input of the first layer, one sequence at a time.
+
+        Args:
+            tokens: int64 (sequences, length).
+
+        Yields:
+            float32 (1, length, width).
+        """
+        for sequence in tokens.split(1):
+            yield self.embed(sequence)
 
     def walk(self, tokens: torch.Tensor, visit: Visit) -> torch.Tensor:
         """Put sequences through the model as the transformers library does it, with layers in float32.
@@ -287,6 +310,27 @@ class LayeredModel:
                 self._behind, lambda *_: returned(hidden), torch.is_grad_enabled(), inputs_embeds=hidden
             )
             return out.logits.float()
+
+    def label_gradients(self, hidden: torch.Tensor, seed: int) -> torch.Tensor:
+        """Gradients of the negative log-likelihood of labels that are drawn from the model's own predictions.
+
+        Args:
+            hidden: the output of the last layer, float32 (sequences, length, width), on the CPU.
+            seed: of the draw.
+
+        Returns:
+            float32 (sequences, length, width).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for sequence in hidden.split(1):
+            sequence = sequence.detach().requires_grad_()
+            logits = self.logits(sequence)[0]
+            cumulative = logits.detach().softmax(dim=-1).cumsum(dim=-1)
+            drawn = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+            labels = torch.searchsorted(cumulative, drawn)[:, 0].clamp_(max=logits.shape[1] - 1)
+            found += torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), sequence)
+        return torch.cat(found)
 
 
 def batches(hidden: torch.Tensor) -> Iterator[torch.Tensor]:
