@@ -49,10 +49,10 @@ def main() -> None:
     name = _BASE[options.no_noise]
     base, checkpoint, imatrix = (folder / f"{name}-{what}" for what in ("F16.gguf", "hf", "imatrix.gguf"))
     noise = ["--no-noise"] if options.no_noise else []
-    make([base, checkpoint / "model.safetensors"], [_DITHER, "-o", folder, *noise], [_SOURCE], _run)
+    make([base, checkpoint / "model.safetensors"], [_DITHER, "-o", folder, *noise], [_SOURCE], run)
     chunks = ["--chunks", 2] if options.quick else []
     importance = [find_tool("llama-imatrix"), "-m", base, "-f", options.calibrate, "-o", imatrix, *chunks]
-    make([imatrix], importance, [base, options.calibrate], _run)
+    make([imatrix], importance, [base, options.calibrate], run)
 
     wanted = _THREE_BITS if options.no_noise else (*_METHODS, *_ACROSS_ROWS)
     files: dict[str, Path] = {}
@@ -65,12 +65,12 @@ def main() -> None:
         if options.quick and "--calibrate" in arguments:
             extra += ["--calib-tokens", 1024]
         convert = ["-m", "tritconv", "hf-to-gguf", checkpoint, "--force", "-o", files[label], *extra]
-        make([files[label]], convert, [checkpoint, *(path for path in extra if isinstance(path, Path))], _run)
+        make([files[label]], convert, [checkpoint, *(path for path in extra if isinstance(path, Path))], run)
 
     models = [*files.values(), *_across(folder / f"{name}-across", base, imatrix, files, wanted)]
     labels = [*files, *(path.stem.removeprefix(f"{name}-").replace("-", " ") for path in models[len(files) :])]
     report = folder / f"{name}.json"
-    _run(
+    run(
         [
             *("-m", "tritrun", "compare", "--base", base, "--text", options.text, "--work", folder / f"{name}-work"),
             *("--chunks", 2 if options.quick else options.chunks),
@@ -81,7 +81,7 @@ def main() -> None:
             *(f"{label}={path}" for label, path in zip(labels, models, strict=True)),
         ]
     )
-    print(_markdown(json.loads(report.read_text(encoding="utf-8"))["models"]))
+    print(as_markdown(json.loads(report.read_text(encoding="utf-8"))["models"]))
 
 
 def _across(
@@ -93,11 +93,11 @@ def _across(
     for qtype, weighted_by in [*with_imatrix, ("Q3_K", [])]:
         target = folder / across_name(qtype, bool(weighted_by))
         options = [part for path in weighted_by for part in ("--imatrix", path)]
-        make([target], [_ACROSS, "--base", base, "-o", folder, "--type", qtype, *options], [base, *weighted_by], _run)
+        make([target], [_ACROSS, "--base", base, "-o", folder, "--type", qtype, *options], [base, *weighted_by], run)
         yield target
     for source in (files[label] for label in _DECODED if label in files):
         target = folder / decoded_name(source)
-        make([target], [_ACROSS, "-o", folder, "--decode", source], [source], _run)
+        make([target], [_ACROSS, "-o", folder, "--decode", source], [source], run)
         yield target
 
 
@@ -113,7 +113,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(command: Sequence[object]) -> None:
+def run(command: Sequence[object]) -> None:
     """Run a script or a module of this repository, or a program; its output goes to the terminal."""
     words = [str(word) for word in command]
     if words[0].endswith(".py") or words[0] == "-m":
@@ -124,8 +124,8 @@ def _run(command: Sequence[object]) -> None:
         raise TritError(f"{' '.join(words[:4])} .. failed with exit code {status}")
 
 
-def _markdown(rows: Sequence[dict]) -> str:
-    """The figures as a table for docs/quality.md."""
+def as_markdown(rows: Sequence[dict]) -> str:
+    """The figures of `tritrun compare` as a table for docs/concepts/quality.md."""
     lines = [
         "| file | MB | bits per weight of the layers | PPL | mean KLD | median | 99.9 % | same top |",
         "|---|---|---|---|---|---|---|---|",

@@ -332,7 +332,7 @@ def test_an_interrupted_comparison_is_completed_and_a_quick_one_shares_no_file(
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(quality, "_SOURCE", tmp_path / "model.gguf")
     monkeypatch.setattr(quality, "find_tool", Path)
-    monkeypatch.setattr(quality, "_markdown", lambda models: "")
+    monkeypatch.setattr(quality, "as_markdown", lambda models: "")
     commands: list[list[str]] = []
     left = [5]
 
@@ -361,7 +361,7 @@ def test_an_interrupted_comparison_is_completed_and_a_quick_one_shares_no_file(
             assert out is not None
             out.write_text(" ".join(words))
 
-    monkeypatch.setattr(quality, "_run", run)
+    monkeypatch.setattr(quality, "run", run)
 
     def compare(*options: str) -> list[list[str]]:
         commands.clear()
