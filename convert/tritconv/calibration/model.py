@@ -1,21 +1,30 @@
-"""A model of the transformers library, a layer at a time."""
+"""A model of the transformers library, a layer at a time.
+
+The model is on the meta device: it has the structure, and no weights. A layer's weights are read from the checkpoint
+when its turn comes. What lies before and behind the layers runs as the library does it, with a `Lender` for the
+weights.
+"""
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
+from tritconv.calibration.head import label_gradients
 from tritconv.calibration.inputs import Machinery
+from tritconv.calibration.lender import Lender, rows_of_chunk
+from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.pretrained import INSTEAD, load
+from tritconv.calibration.stored import Spill
 from tritcore import child
 from tritcore.errors import TritError
+from tritcore.sizes import show
 
 _BATCH_TOKENS = 2048  # through a layer at a time: enough to keep the cores busy, few enough to keep memory small
 
@@ -36,21 +45,22 @@ class _Stop(Exception):
 
 
 class LayeredModel:
-    """A causal language model whose layers are run one by one.
+    """A causal language model whose layers are run one by one. Memory holds none of the weights.
 
     Attributes:
         name: what errors call it.
         tokenizer: the model's.
-        layers: the model's own, in the type of the checkpoint. They are not changed.
+        layers: the model's own, on the meta device: structure, names, shapes and types.
         device: where layers are computed: a GPU if torch has one.
+        head_in_chunks: whether `label_gradients` may multiply by some rows of the output matrix at a time.
     """
 
     def __init__(self, folder: Path, gguf_file: str | None = None) -> None:
-        """Load a checkpoint.
+        """Open a checkpoint.
 
         Args:
             folder: a checkpoint that has been checked.
-            gguf_file: a GGUF file in `folder` to load instead.
+            gguf_file: a GGUF file in `folder` to open instead.
 
         Raises:
             TritError: transformers does not know the architecture, or cannot load it; or it has no list of layers.
@@ -59,11 +69,16 @@ class LayeredModel:
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self._model = loaded.model
+        self._parameters = loaded.parameters
         self._model.requires_grad_(False)
         if hasattr(self._model.config, "_experts_implementation"):
             self._model.config._experts_implementation = "eager"  # the others hide the experts' products
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._layers_name, self.layers = self._find_layers()
+        self._read_buffers()
+        self._lender = self._prepare_outside()
+        self._spill = Spill()
+        self.head_in_chunks = True
         self._calls: list[_Call] = []
         # hidden states in what a layer returns, a tuple or not, as the last one that was run did; None before
         self._returned: Callable[[torch.Tensor], Any] | None = None
@@ -123,6 +138,30 @@ class LayeredModel:
         """The name of a layer's parameter in the model, as checkpoints have it."""
         return f"{self._layers_name}.{layer}.{parameter}"
 
+    def _read_buffers(self) -> None:
+        """Read the buffers outside the layers: they are small."""
+        for name, buffer in list(self._model.named_buffers()):
+            if buffer.is_meta and not name.startswith(f"{self._layers_name}."):
+                ((_, values),) = self._parameters.read([name])
+                module, _, own = name.rpartition(".")
+                self._model.get_submodule(module)._buffers[own] = values
+
+    def _prepare_outside(self) -> Lender:
+        """Let the parameters outside the layers say that they are float32, as what comes out of the layers is."""
+        names: dict[torch.Tensor, str] = {}
+        stand_ins: dict[torch.Tensor, torch.nn.Parameter] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if not parameter.is_meta or name.startswith(f"{self._layers_name}."):
+                continue
+            if parameter not in stand_ins:
+                stand_ins[parameter] = torch.nn.Parameter(parameter.detach().float(), requires_grad=False)
+            stand_in = stand_ins[parameter]
+            if stand_in not in names or not self._parameters.has(names[stand_in]):  # tied ones have one name in files
+                names[stand_in] = name
+            module, _, own = name.rpartition(".")
+            self._model.get_submodule(module)._parameters[own] = stand_in
+        return Lender(self._parameters, names, self._model.get_output_embeddings().weight)
+
     def head_is(self, values: torch.Tensor) -> None:
         """Take (vocabulary, width) for the output matrix, where transformers has the embeddings in its place.
 
@@ -130,31 +169,19 @@ class LayeredModel:
         with what is there.
         """
         head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
-        if head.weight is embeddings.weight and values.shape == head.weight.shape:
-            values = values.to(head.weight)
-            if not torch.equal(values, head.weight):
-                head.weight = torch.nn.Parameter(values, requires_grad=False)
-
-    def _in_float(self, modules: Collection[str] = ()) -> dict[str, torch.Tensor]:
-        """The parameters outside the layers in float32: half ones go with nothing that comes out of the layers.
-
-        Args:
-            modules: names of modules to leave out.
-        """
-        skipped = tuple(f"{name}." for name in (self._layers_name, *modules))
-        named = self._model.named_parameters()
-        return {name: values.float() for name, values in named if not name.startswith(skipped)}
-
-    @cached_property
-    def _behind(self) -> dict[str, torch.Tensor]:
-        """Parameters to compute logits with in place of the model's."""
-        head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
-        unused = [name for name, module in self._model.named_modules() if module is embeddings]
-        if self._precision is not torch.float32:  # the head's product casts its weights
-            unused += [name for name, module in self._model.named_modules() if module is head]
-        elif head.weight is embeddings.weight:
-            unused = []
-        return self._in_float(unused)
+        if head.weight is not embeddings.weight or values.shape != head.weight.shape:
+            return
+        name = self._lender.name_of(head.weight)
+        assert name is not None
+        dtype = self._parameters.dtypes[name]
+        rows = range(len(values))
+        parts = [rows[start : start + rows_of_chunk(self.width)] for start in rows[:: rows_of_chunk(self.width)]]
+        if all(torch.equal(values[p.start : p.stop].to(dtype), self._parameters.rows(name, p)) for p in parts):
+            return
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+        own = next(name for name, parameter in self._model.named_parameters() if parameter is head.weight)
+        self._parameters.take(own, self._spill.add(values.to(dtype)))
+        self._lender.add(head.weight, own, is_head=True)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the first layer is given. What layers are given besides is that of the first sequence from now on.
@@ -165,40 +192,45 @@ class LayeredModel:
         Returns:
             float32 (sequences, length, width).
         """
-        found: list[torch.Tensor] = []
-        calls: list[_Call] = []
-
-        def layer(index: int, hidden: torch.Tensor, call: _Call) -> Any:
-            if index == 0:
-                found.append(hidden.float())
-            if len(found) == 1:
-                calls.append(call)
-                if index == 0 and self._returned is None:
-                    self._calls = calls
-                    self.run(0, self.working_copy(0), hidden.float().to(self.device))
-            if index + 1 == (len(self.layers) if len(found) == 1 else 1):
-                raise _Stop
-            assert self._returned is not None
-            return self._returned(hidden)
-
-        parameters = self._in_float()
-        for sequence in tokens:
-            with suppress(_Stop):
-                self._run_model(parameters, layer, input_ids=sequence[None])
-        self._calls = calls
-        return torch.cat(found)
+        return torch.cat(list(self.embed_each(tokens)))
 
     def embed_each(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The input of the first layer, one sequence at a time.
+        """As `embed`, one sequence at a time: float32 (1, length, width)."""
+        for number, sequence in enumerate(tokens):
+            found: list[torch.Tensor] = []
+            calls: list[_Call] = []
+            with suppress(_Stop):
+                self._run_model(
+                    partial(self._embedded, found, calls, 1 if number else self.n_layers), input_ids=sequence[None]
+                )
+            if number == 0:
+                self._calls = calls
+            yield found[0]
+
+    def _embedded(
+        self,
+        found: list[torch.Tensor],
+        calls: list[_Call],
+        n_layers: int,
+        index: int,
+        hidden: torch.Tensor,
+        call: _Call,
+    ) -> Any:
+        """In place of a layer: keep what the first one is given, and what all are given besides.
 
         Args:
-            tokens: int64 (sequences, length).
-
-        Yields:
-            float32 (1, length, width).
+            n_layers: to go through.
         """
-        for sequence in tokens.split(1):
-            yield self.embed(sequence)
+        calls.append(call)
+        if index == 0:
+            found.append(hidden.float())
+            if self._returned is None:
+                self._calls = calls
+                self.run(0, self.working_copy(0), found[0].to(self.device))
+        if index + 1 == n_layers:
+            raise _Stop
+        assert self._returned is not None
+        return self._returned(hidden)
 
     def walk(self, tokens: torch.Tensor, visit: Visit) -> torch.Tensor:
         """Put sequences through the model as the transformers library does it, with layers in float32.
@@ -220,16 +252,12 @@ class LayeredModel:
             return _to(out, torch.device("cpu"))
 
         with self.autocast("cpu"):
-            return self._run_model(self._in_float(), layer, input_ids=tokens).logits.float()
+            return self._run_model(layer, input_ids=tokens).logits.float()
 
     def _run_model(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        layer: Callable[[int, torch.Tensor, _Call], Any],
-        grad: bool = False,
-        **inputs: torch.Tensor,
+        self, layer: Callable[[int, torch.Tensor, _Call], Any], grad: bool = False, **inputs: torch.Tensor
     ) -> Any:
-        """Run the model with other parameters, and with `layer` in place of its layers."""
+        """Run the model with `layer` in place of its layers."""
 
         def forward(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -238,8 +266,8 @@ class LayeredModel:
         for index, one in enumerate(self.layers):
             one.forward = partial(forward, index)
         try:
-            with torch.set_grad_enabled(grad):
-                return functional_call(self._model, dict(parameters), kwargs={**inputs, "use_cache": False})
+            with torch.set_grad_enabled(grad), self._lender:
+                return self._model(**inputs, use_cache=False)
         finally:
             for one in self.layers:
                 del one.forward
@@ -251,18 +279,63 @@ class LayeredModel:
         return torch.autocast(device or self.device.type, self._precision)
 
     def whole_copy(self) -> Any:
-        """A copy of the model of the transformers library, in the fast precision, on the device."""
-        return copy.deepcopy(self._model).to(self.device, self._precision)
+        """A copy of the model of the transformers library with all weights, in the fast precision, on the device.
+
+        Raises:
+            TritError: memory does not hold it.
+        """
+        needed = sum(parameter.numel() for parameter in self._model.parameters()) * self._precision.itemsize
+        room = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else _memory()
+        if room is not None and needed > room:
+            raise TritError(
+                f"{self.name}: to write text of its own, the whole model must be in memory: that needs {show(needed)}, "
+                f"and the machine has {show(room)}; leave out --calib-own"
+            )
+        return self._filled(self._model, "", self._precision)
 
     def working_copy(self, index: int) -> torch.nn.Module:
-        """A copy of a layer in float32, on the device."""
+        """A copy of a layer in float32, on the device, with its weights. Raises TritError."""
+        return self._layer(index, torch.float32)
+
+    def stored_copy(self, index: int) -> torch.nn.Module:
+        """A copy of a layer in the types of the checkpoint, on the CPU, with its weights. Raises TritError."""
+        return self._layer(index, None)
+
+    def weights(self, index: int, matrix: Matrix) -> torch.Tensor:
+        """A matrix of a layer, read again: float32 (rows, n), on the device. Raises TritError."""
+        ((_, values),) = self._parameters.read([self.full_name(index, matrix.name)])
+        if matrix.expert is not None:
+            values = values[matrix.expert]
+        return matrix.turned(values).to(self.device, torch.float32)
+
+    def _layer(self, index: int, dtype: torch.dtype | None) -> torch.nn.Module:
         layer = self.layers[index]
         stand_in = layer.__dict__.pop("forward", None)  # while the model runs: see `_run_model`
         try:
-            return copy.deepcopy(layer).float().to(self.device)
+            return self._filled(layer, f"{self._layers_name}.{index}.", dtype)
         finally:
             if stand_in is not None:
                 layer.forward = stand_in
+
+    def _filled(self, module: torch.nn.Module, prefix: str, dtype: torch.dtype | None) -> torch.nn.Module:
+        """A copy of a module with values for what is on the meta device.
+
+        Args:
+            prefix: of its parameters' names.
+            dtype: of all floats, on the device; None leaves them as they are, on the CPU.
+        """
+        device = torch.device("cpu") if dtype is None else self.device
+        held = {f"{prefix}{name}": values for name, values in module.named_parameters() if values.is_meta}
+        buffers = {f"{prefix}{name}": values for name, values in module.named_buffers() if values.is_meta}
+        names = {self._lender.name_of(values) or name: values for name, values in (held | buffers).items()}
+        memo: dict[int, Any] = {id(self._model.config): self._model.config}
+        with torch._C.DisableTorchFunction():  # the copy is no operation of the model
+            for name, values in self._parameters.read(names):
+                new = values.to(device, dtype if values.is_floating_point() else None)
+                is_buffer = name in buffers
+                memo[id(names[name])] = new if is_buffer else torch.nn.Parameter(new, requires_grad=False)
+            copied = copy.deepcopy(module, memo)
+            return copied if dtype is None else copied.to(device, dtype)
 
     def run(self, index: int, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Put hidden states (sequences, length, width) on the device through a layer that stands at `index`."""
@@ -306,31 +379,45 @@ class LayeredModel:
         returned = self._returned
         assert returned is not None
         with self.autocast("cpu"):  # the model's own path from the layers to the logits, with the layers skipped
-            out = self._run_model(
-                self._behind, lambda *_: returned(hidden), torch.is_grad_enabled(), inputs_embeds=hidden
-            )
+            out = self._run_model(lambda *_: returned(hidden), torch.is_grad_enabled(), inputs_embeds=hidden)
             return out.logits.float()
 
     def label_gradients(self, hidden: torch.Tensor, seed: int) -> torch.Tensor:
-        """Gradients of the negative log-likelihood of labels that are drawn from the model's own predictions.
+        """The gradients of -log p(label) for the last layer's output, labels drawn from the model's predictions.
+
+        The memory that it takes does not depend on the vocabulary, except where `head_in_chunks` is False.
 
         Args:
-            hidden: the output of the last layer, float32 (sequences, length, width), on the CPU.
-            seed: of the draw.
+            hidden: the last layer's output, float32 (sequences, length, width), on the CPU.
+            seed: of the labels.
 
         Returns:
-            float32 (sequences, length, width).
+            float32, of the same shape.
         """
-        generator = torch.Generator().manual_seed(seed)
-        found = []
-        for sequence in hidden.split(1):
-            sequence = sequence.detach().requires_grad_()
-            logits = self.logits(sequence)[0]
-            cumulative = logits.detach().softmax(dim=-1).cumsum(dim=-1)
-            drawn = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
-            labels = torch.searchsorted(cumulative, drawn)[:, 0].clamp_(max=logits.shape[1] - 1)
-            found += torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), sequence)
-        return torch.cat(found)
+        vocabulary, width = self._model.get_output_embeddings().weight.shape
+        rows = rows_of_chunk(max(width, hidden.shape[1])) if self.head_in_chunks else vocabulary
+        chunks = [range(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
+        return label_gradients(self.chunk_of_logits, hidden, chunks, torch.Generator().manual_seed(seed))
+
+    def chunk_of_logits(self, hidden: torch.Tensor, rows: range) -> torch.Tensor:
+        """As `logits`, for some of the vocabulary: float32 (sequences, length, rows)."""
+        with self._lender.only(rows):
+            return self.logits(hidden)
+
+    def check_chunks(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """See whether the logits can be computed in chunks, and set `head_in_chunks`.
+
+        Args:
+            hidden: of a few tokens, as for `logits`.
+            logits: what the whole output matrix makes of it.
+        """
+        half = self._model.get_output_embeddings().weight.shape[0] // 2
+        parts = [range(half), range(half, self._model.get_output_embeddings().weight.shape[0])]
+        with torch.no_grad():
+            found = [self.chunk_of_logits(hidden, rows) for rows in parts]
+        self.head_in_chunks = [part.shape[-1] for part in found] == [len(rows) for rows in parts] and torch.allclose(
+            torch.cat(found, dim=-1), logits, rtol=1e-2, atol=1e-2
+        )
 
 
 def batches(hidden: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -346,6 +433,13 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _to(one, device) for key, one in value.items()}
     return value
+
+
+def _memory() -> int | None:
+    """Bytes of memory that the machine has; None where it does not say."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def _fast_precision(device: torch.device) -> torch.dtype:

@@ -1,15 +1,23 @@
-"""Loads a model of the transformers library with the weights that its files have: none made up, none rounded."""
+"""Loads a model of the transformers library without its weights, which are read from its files when they are needed.
+
+No weight is made up, and none is rounded.
+"""
 
 import os
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import safe_open
 
+from tritconv.calibration.gguf_weights import GgufTensor, GgufWeights, replaced
+from tritconv.calibration.parameters import Parameters
+from tritconv.calibration.stored import FileTensor, OpenFile, Spill, Stored, in_safetensors
 from tritconv.sources.foreign_code import check_attention, guard
 from tritconv.sources.weights import find_weights
 from tritcore.errors import TritError, first_line
@@ -23,11 +31,18 @@ INSTEAD = "use --method search, or --imatrix"  # what goes without calibration
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model and its tokenizer, both of the transformers library; `name` is what errors call it."""
+    """A model and its tokenizer, both of the transformers library.
+
+    Attributes:
+        name: what errors call it.
+        model: has its parameters on the meta device; buffers that no file holds have their values.
+        parameters: reads the parameters.
+    """
 
     name: str
     model: Any
     tokenizer: Any
+    parameters: Parameters
 
 
 def load(folder: Path, gguf_file: str | None = None) -> Pretrained:
@@ -60,13 +75,89 @@ def load(folder: Path, gguf_file: str | None = None) -> Pretrained:
         check_attention(config, name)
         auto_class = _class(config, name)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model, info = auto_class.from_pretrained(**source, **options, output_loading_info=True)
+        with _Deferred([] if gguf_file else find_weights(folder)) as deferred:
+            model, info = auto_class.from_pretrained(**source, **options, output_loading_info=True)
     except TritError:
         raise
     except Exception as error:  # the library raises whatever its many authors chose
         raise TritError(f"{name}: transformers cannot load it to calibrate ({first_line(error)}): {INSTEAD}") from error
+    assert deferred.parameters is not None
     _complete(model, info["missing_keys"], name)
-    return Pretrained(name, model.eval(), tokenizer)
+    return Pretrained(name, model.eval(), tokenizer, deferred.parameters)
+
+
+class _Deferred:
+    """Within its context, the library's models get no weights.
+
+    Attributes:
+        parameters: reads those of the model that was loaded.
+    """
+
+    def __init__(self, files: Collection[Path]) -> None:
+        """Find the tensors of a checkpoint's files."""
+        self.parameters: Parameters | None = None
+        self._stored: dict[str, Stored] = {}
+        for path in files:
+            if path.suffix == ".safetensors":
+                self._stored |= in_safetensors(path)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Deferred":
+        from transformers import modeling_gguf_pytorch_utils, modeling_utils
+
+        self._convert = modeling_utils.convert_and_load_state_dict_in_model
+        self._load_gguf = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+        # the only places where the library reads weights
+        self._stack.enter_context(replaced(modeling_utils, "convert_and_load_state_dict_in_model", self._outline))
+        self._stack.enter_context(replaced(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", self._read_gguf))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _outline(
+        self, model: Any, state_dict: Mapping[str, Any], load_config: Any, disk_offload_index: Any = None
+    ) -> tuple[Any, Any]:
+        """In place of the function that puts tensors into a model."""
+        config = replace(load_config)
+        spill = Spill()
+        tensors = {}
+        header = getattr(config.hf_quantizer, "header", None)  # where the library reads a GGUF file lazily itself
+        gguf = {} if header is None else {info.name: info for info in header.tensors}
+        file = None if header is None else OpenFile.of(Path(header.path))
+        spill.check_space(sum(values.nbytes for values in state_dict.values() if isinstance(values, torch.Tensor)))
+        for key, values in state_dict.items():
+            if key in self._stored:
+                tensors[key] = self._stored[key]
+            elif isinstance(values, GgufTensor):
+                tensors[key] = values
+            elif header is not None and file is not None and key in gguf:
+                offset = header.data_start + gguf[key].offset
+                tensors[key] = FileTensor(file, offset, tuple(values.shape), _gguf_dtype(gguf[key].ggml_type))
+            else:
+                tensors[key] = spill.add(values[...])
+        self.parameters = Parameters(model, tensors, config, self._convert)
+        return self.parameters.outline(), disk_offload_index
+
+    def _read_gguf(
+        self, path: str, return_tensors: bool = False, model_to_load: Any = None, torch_dtype: Any = None
+    ) -> dict[str, Any]:
+        """In place of the function that reads GGUF files."""
+        if not return_tensors:
+            found: dict[str, Any] = self._load_gguf(path)
+            return found
+        weights = GgufWeights(path, model_to_load, self._load_gguf, torch_dtype)
+        return {"tensors": weights.state_dict()}
+
+
+def _gguf_dtype(ggml_type: int) -> torch.dtype:
+    """How the library wants data of a GGUF file: values, or blocks as bytes."""
+    values = {
+        GGMLQuantizationType.F32: torch.float32,
+        GGMLQuantizationType.F16: torch.float16,
+        GGMLQuantizationType.BF16: torch.bfloat16,
+    }
+    return values.get(GGMLQuantizationType(ggml_type), torch.uint8)
 
 
 def _class(config: Any, name: str) -> Any:

@@ -110,8 +110,10 @@ class _Rehearsal:
         logits = self._model.walk(second, self._visit)
         self._model.check_finite(logits, "the model predicts")
         with torch.no_grad():
-            if not _same(self._model.logits(self._out), logits, _SAME_LOGITS):
+            again = self._model.logits(self._out)
+            if not _same(again, logits, _SAME_LOGITS):
                 raise self._unknown("the output matrix")
+            self._model.check_chunks(self._out, again)
         return self._used
 
     def _visit(self, index: int, layer: torch.nn.Module, hidden: torch.Tensor, out: torch.Tensor) -> None:
@@ -147,7 +149,7 @@ class GgufNames:
     def __init__(self, model: LayeredModel, architecture: str) -> None:
         self._model = model
         known = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
-        self._names = None if known is None else get_tensor_name_map(known, len(model.layers))
+        self._names = None if known is None else get_tensor_name_map(known, model.n_layers)
 
     def of(self, layer: int, parameter: str) -> str | None:
         """Of a layer's parameter, experts without their numbers; None where llama.cpp has none of its own."""
@@ -160,7 +162,8 @@ class GgufNames:
 def _trace(model: LayeredModel, used: Used, architecture: str, tensors: Sequence[SourceTensor]) -> dict[str, RowMap]:
     names = GgufNames(model, architecture)
     found = {}
-    for number, layer in enumerate(model.layers):
+    for number in range(model.n_layers):
+        layer = model.stored_copy(number)
         index = RowIndex({(number, matrix): matrix.of(layer) for matrix in used[number]})
         likely: dict[str | None, list[Place]] = defaultdict(list)
         for matrix in used[number]:
@@ -175,7 +178,7 @@ def _trace(model: LayeredModel, used: Used, architecture: str, tensors: Sequence
 
 def _check(model: LayeredModel, wanted: Sequence[SourceTensor], missed: Sequence[SourceTensor]) -> None:
     """Raise TritError if what is missed is more than a few matrices: a whole kind, or many weights."""
-    within = {tensor.name for tensor in wanted if _layer_of(tensor) < len(model.layers)}  # others predict further ahead
+    within = {tensor.name for tensor in wanted if _layer_of(tensor) < model.n_layers}  # others predict further ahead
     missed_kinds = {_kind(tensor) for tensor in missed if tensor.name in within}
     reached = {tensor.name for tensor in wanted} - {tensor.name for tensor in missed}
     whole = missed_kinds - {_kind(tensor) for tensor in wanted if tensor.name in reached}

@@ -1,0 +1,67 @@
+"""The gradients of the predictions, with the output matrix in memory in chunks."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Logits = Callable[[torch.Tensor, range], torch.Tensor]  # of hidden states, for a range of the vocabulary
+
+
+def label_gradients(
+    logits: Logits, hidden: torch.Tensor, chunks: Sequence[range], generator: torch.Generator
+) -> torch.Tensor:
+    """The gradients of -log p(label), labels drawn from the predictions.
+
+    The first pass over the chunks finds the sum of exponentials of each, so each token's chunk is known from which its
+    label comes. The second one draws the label within that chunk, and goes back from the logits. With a single chunk,
+    one pass does both.
+
+    Args:
+        logits: float32 (sequences, length, rows) for a chunk of the vocabulary, with gradients.
+        hidden: float32 (sequences, length, width).
+        chunks: of the vocabulary, in order.
+
+    Returns:
+        float32 (sequences, length, width).
+    """
+    draws = torch.rand(hidden.shape[:2], generator=generator)
+    out = torch.zeros_like(hidden)
+    sums = torch.empty(*hidden.shape[:2], len(chunks))  # logarithms of sums of exponentials
+    if len(chunks) > 1:
+        with torch.no_grad():
+            for number, chunk in enumerate(chunks):
+                for i in range(len(hidden)):
+                    sums[i, :, number] = logits(hidden[i : i + 1], chunk)[0].logsumexp(dim=-1)
+    for number, chunk in enumerate(chunks):
+        for i in range(len(hidden)):
+            with torch.enable_grad():
+                part = hidden[i : i + 1].detach().requires_grad_()
+                found = logits(part, chunk)
+            values = found.detach()[0]
+            if len(chunks) == 1:
+                sums[i, :, 0] = values.logsumexp(dim=-1)
+            gradient = _of_logits(values, sums[i], draws[i], number)
+            out[i] += torch.autograd.grad(found, part, gradient[None])[0][0]
+    return out
+
+
+def _of_logits(values: torch.Tensor, sums: torch.Tensor, draws: torch.Tensor, number: int) -> torch.Tensor:
+    """The gradients for the logits of a chunk: the predictions, less one where the label is.
+
+    Args:
+        values: (tokens, rows), the logits.
+        sums: (tokens, chunks), of the exponentials of each chunk, their logarithms.
+        draws: (tokens,), in 0 .. 1, the labels' places in the cumulative distribution.
+        number: of the chunk.
+    """
+    gradient = (values - sums.logsumexp(dim=-1, keepdim=True)).exp_()
+    ends = sums.softmax(dim=-1).cumsum(dim=-1)
+    draws = draws[:, None] * ends[:, -1:]
+    mine = torch.searchsorted(ends, draws, right=False)[:, 0].clamp_(max=ends.shape[1] - 1) == number
+    if bool(mine.any()):
+        before = ends[mine, number - 1 : number] if number else torch.zeros(int(mine.sum()), 1)
+        share = (draws[mine] - before) / (ends[mine, number : number + 1] - before)
+        within = gradient[mine].cumsum(dim=-1)
+        labels = torch.searchsorted(within, share.clamp_(0, 1) * within[:, -1:]).clamp_(max=values.shape[1] - 1)
+        gradient[mine.nonzero()[:, 0], labels[:, 0]] -= 1
+    return gradient
