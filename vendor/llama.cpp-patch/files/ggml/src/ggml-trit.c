@@ -10,31 +10,17 @@
 #include <stdio.h>
 #include <string.h>
 
-const int16_t ggml_trit_ratio[TRIT_N_SCALES] = {
-    4598, 4096, 3649, 3251, 2896, 2580, 2299, 2048, 1825,
-    1625, 1448, 1290, 1149, 1024,  912,  813,  724,  645,
-     575,  512,  456,  406,  362,  323,  287,  256,  228,
-};
-
-const float ggml_trit_anchor_octave[4][8] = {
-    { 0x1.8p-6f,       0x1.561ae8p-6f,  0x1.30c7fp-6f,   0x1.0f876cp-6f,  0x1.e3cf48p-7f,  0x1.af0682p-7f  },
-    { 0x1.0p-7f,       0x1.c823ep-8f,   0x1.965feap-8f,  0x1.6a09e6p-8f,  0x1.428a3p-8f,   0x1.1f59acp-8f  },
-    { 0x1.555556p-9f,  0x1.3017eap-9f,  0x1.0eea9cp-9f,  0x1.e2b7dep-10f, 0x1.ae0d94p-10f, 0x1.7f223ap-10f },
-    { 0x1.c71c72p-11f, 0x1.95753ap-11f, 0x1.6938dp-11f,  0x1.41cfeap-11f, 0x1.1eb3b8p-11f, 0x1.fed84ep-12f },
-};
+const int16_t ggml_trit_ratio[TRIT_N_SCALES] = { TRIT_RATIOS };
+const float   ggml_trit_anchor_octave[4][8]  = { TRIT_ANCHOR_OCTAVES };
 
 //
 // block layout
 //
 
-#define TRIT_MAX_WORDS 27
-#define TRIT_PER_WORD  10 // trits in a word, the first is the most significant
-#define TRIT_RESERVED  1  // value of trits that hold nothing
+typedef uint8_t trit_plane[TRIT_WORDS(4)][TRIT_PER_WORD];
 
-typedef uint8_t trit_plane[TRIT_MAX_WORDS][TRIT_PER_WORD];
-
-static const int n_words [5] = { 0, 8, 14, 21, 27 };
-static const int code_max[5] = { 0, 1,  4, 13, 40 };
+static const int n_words [5] = { 0, TRIT_WORDS(1),  TRIT_WORDS(2),  TRIT_WORDS(3),  TRIT_WORDS(4)  };
+static const int code_max[5] = { 0, TRIT_OFFSET(1), TRIT_OFFSET(2), TRIT_OFFSET(3), TRIT_OFFSET(4) };
 
 int ggml_trit_n_words(int depth) {
     assert(depth >= 1 && depth <= 4);

@@ -5,6 +5,7 @@
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
+#include "ggml-trit-common.h"
 
 #include "ggml.h"
 
@@ -16,22 +17,16 @@
 extern "C" {
 #endif
 
-#define QG_TRIT 16                  // weights in a group, they share a scale
-#define NG_TRIT (QK_TRIT / QG_TRIT) // groups in a block
-#define TRIT_N_SCALES 27            // entries of the scale codebook
-#define TRIT_N_ANCHORS 81           // anchors, in steps of a sixth of an octave
-#define TRIT_RATIO_ONE 1024         // ratio of group 0, whose scale is the anchor itself
-
 // a block unpacked to integers: weight i is anchor * ratio[i / QG_TRIT] * code[i]
 struct ggml_trit_block {
     int8_t  code[QK_TRIT]; // |code| <= (3^depth - 1) / 2
     uint8_t k[NG_TRIT];    // scale indexes, 0..26
 };
 
-// round(1024 * 2^((13 - k) / 6))
+// TRIT_RATIOS
 GGML_API const int16_t ggml_trit_ratio[TRIT_N_SCALES];
 
-// [depth - 1][i]: the float nearest to 3^(2 - depth) * 2^(3 - i/6) / 1024, i < 6: the sixths of the first octave of anchors
+// TRIT_ANCHOR_OCTAVES, in rows of eight for vector code
 GGML_API const float ggml_trit_anchor_octave[4][8];
 
 // 16-bit words in a block

@@ -63,7 +63,7 @@ static inline void interleave(int depth, int64_t n_blocks, int n_rows, const cha
     // rows in the order of their place in a quad
     static const int order[TRIT_STRIP] = { 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15 };
 
-    const size_t block_size = trit_block_words(depth)*sizeof(uint16_t);
+    const size_t block_size = TRIT_WORDS(depth)*sizeof(uint16_t);
     const size_t quads_size = block_size/8*8;
     const size_t pair_size  = (block_size - quads_size)/4*4;
     const size_t rest_size  = block_size - quads_size - pair_size;

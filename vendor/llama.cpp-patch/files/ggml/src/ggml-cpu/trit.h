@@ -4,6 +4,7 @@
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
+#include "ggml-trit-common.h"
 
 #include "ggml.h"
 
@@ -18,18 +19,6 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-// these two are functions, and not tables, so that kernels of a fixed depth get constants
-
-// 16-bit words in a block
-static inline int trit_block_words(int depth) {
-    return depth == 1 ? 8 : depth == 2 ? 14 : depth == 3 ? 21 : 27;
-}
-
-// what is added to a code where codes are unsigned, (3^depth - 1)/2
-static inline int trit_code_offset(int depth) {
-    return depth == 1 ? 1 : depth == 2 ? 4 : depth == 3 ? 13 : 40;
-}
 
 void quantize_row_trit1(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
 void quantize_row_trit2(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);

@@ -37,7 +37,7 @@ template <ggml_type type, int J, bool fallback> static __device__ __forceinline_
         uint32_t codes[QK_TRIT/4];
         uint32_t k[NG_TRIT];
         const int64_t ib = (int64_t) kbx0 + i*stride + kbx;
-        trit_unpack<depth>(x + ib*(2*trit_n_words(depth)), codes, k);
+        trit_unpack<depth>(x + ib*(2*TRIT_WORDS(depth)), codes, k);
         const float anchor = trit_anchor<depth>(k);
 
 #if defined(AMD_MFMA_AVAILABLE) || defined(TURING_MMA_AVAILABLE) || defined(AMD_WMMA_AVAILABLE)

@@ -37,45 +37,9 @@ static constexpr __host__ __device__ int trit_depth(ggml_type type) {
     return type == GGML_TYPE_TRIT1 ? 1 : type == GGML_TYPE_TRIT2 ? 2 : type == GGML_TYPE_TRIT3 ? 3 : 4;
 }
 
-// 16-bit words in a block
-static constexpr __host__ __device__ int trit_n_words(int depth) {
-    return depth == 1 ? 8 : depth == 2 ? 14 : depth == 3 ? 21 : 27;
-}
-
-// quads of words that hold codes, and codes in each word of them
-static constexpr __host__ __device__ int trit_n_quads(int depth) {
-    return depth == 1 ? 2 : depth == 2 ? 3 : depth == 3 ? 5 : 6;
-}
-
-static constexpr __host__ __device__ int trit_codes_per_word(int depth) {
-    return depth == 1 ? 8 : depth == 2 ? 5 : depth == 3 ? 3 : 2;
-}
-
-// values of a code
-static constexpr __host__ __device__ int trit_n_levels(int depth) {
-    return depth == 1 ? 3 : depth == 2 ? 9 : depth == 3 ? 27 : 81;
-}
-
-// the value of a code's field where the code is zero
-static constexpr __host__ __device__ int trit_offset(int depth) {
-    return trit_n_levels(depth)/2;
-}
-
-// the tables of ggml-trit.c, in the memory of the device
-static const __device__ uint16_t trit_ratios[TRIT_N_SCALES] = {
-    4598, 4096, 3649, 3251, 2896, 2580, 2299, 2048, 1825,
-    1625, 1448, 1290, 1149, 1024,  912,  813,  724,  645,
-     575,  512,  456,  406,  362,  323,  287,  256,  228,
-};
-
-static const __device__ float trit_anchor_octave[4][6] = {
-    { 0x1.8p-6f,       0x1.561ae8p-6f,  0x1.30c7fp-6f,   0x1.0f876cp-6f,  0x1.e3cf48p-7f,  0x1.af0682p-7f  },
-    { 0x1.0p-7f,       0x1.c823ep-8f,   0x1.965feap-8f,  0x1.6a09e6p-8f,  0x1.428a3p-8f,   0x1.1f59acp-8f  },
-    { 0x1.555556p-9f,  0x1.3017eap-9f,  0x1.0eea9cp-9f,  0x1.e2b7dep-10f, 0x1.ae0d94p-10f, 0x1.7f223ap-10f },
-    { 0x1.c71c72p-11f, 0x1.95753ap-11f, 0x1.6938dp-11f,  0x1.41cfeap-11f, 0x1.1eb3b8p-11f, 0x1.fed84ep-12f },
-};
-
-static const __device__ uint16_t trit_power[10] = { 1, 3, 9, 27, 81, 243, 729, 2187, 6561, 19683 };
+static const __device__ uint16_t trit_ratios[TRIT_N_SCALES] = { TRIT_RATIOS };
+static const __device__ float    trit_anchor_octave[4][6]   = { TRIT_ANCHOR_OCTAVES };
+static const __device__ uint16_t trit_power[TRIT_PER_WORD]  = { TRIT_POWERS };
 
 static __device__ __forceinline__ int trit_ratio(const uint32_t k, const int g) {
     return g == 0 ? TRIT_RATIO_ONE : trit_ratios[k];
@@ -95,7 +59,7 @@ static __device__ __forceinline__ float trit_anchor(const uint32_t * k) {
 // The words of a block as 32-bit fractions: each in the upper half, zeros in the lower.
 template <int depth>
 static __device__ __forceinline__ void trit_load_words(const void * __restrict__ block, uint32_t * __restrict__ frac) {
-    constexpr int n_words = trit_n_words(depth);
+    constexpr int n_words = TRIT_WORDS(depth);
     constexpr int n_pairs = n_words/2;
     uint32_t pair[n_pairs + 1];
 
@@ -153,11 +117,11 @@ template <int depth>
 static __device__ __forceinline__ void trit_unpack(
     const void * __restrict__ block, uint32_t * __restrict__ codes, uint32_t * __restrict__ k) {
 
-    constexpr int n_levels = trit_n_levels(depth);
-    constexpr int n_quads  = trit_n_quads(depth);
-    constexpr int per_word = trit_codes_per_word(depth);
+    constexpr int n_levels = TRIT_LEVELS(depth);
+    constexpr int n_quads  = TRIT_QUADS(depth);
+    constexpr int per_word = TRIT_CODES_PER_WORD(depth);
 
-    uint32_t frac[trit_n_words(depth)];
+    uint32_t frac[TRIT_WORDS(depth)];
     trit_load_words<depth>(block, frac);
 
 #pragma unroll
@@ -228,7 +192,7 @@ static __device__ __forceinline__ void trit_unpack(
 // The same codes without the offset, as signed bytes. No byte overflows into the next.
 template <int depth>
 static __device__ __forceinline__ int trit_signed_bytes(const uint32_t codes) {
-    constexpr uint32_t offset = trit_offset(depth);
+    constexpr uint32_t offset = TRIT_OFFSET(depth);
     return (codes + (0x80 - offset)*0x01010101) ^ 0x80808080;
 }
 
@@ -248,9 +212,9 @@ static __device__ __forceinline__ float vec_dot_trit_q8_1(
 
     uint32_t codes[QK_TRIT/4];
     uint32_t k[NG_TRIT];
-    trit_unpack<depth>((const char *) vbq + (int64_t) kbx*(2*trit_n_words(depth)), codes, k);
+    trit_unpack<depth>((const char *) vbq + (int64_t) kbx*(2*TRIT_WORDS(depth)), codes, k);
 
-    constexpr int minus_offset = ~((trit_offset(depth) - 1)*0x01010101); // in each byte
+    constexpr int minus_offset = ~((TRIT_OFFSET(depth) - 1)*0x01010101); // in each byte
 
     int sumi[2] = { 0, 0 };
 #pragma unroll
@@ -284,11 +248,11 @@ static __device__ __forceinline__ int trit_field(const uint16_t word, const int 
 
 template <int depth>
 static __device__ __forceinline__ int trit_code(const uint16_t * __restrict__ words, const int i) {
-    constexpr int per_word = trit_codes_per_word(depth);
-    constexpr int offset   = trit_offset(depth);
+    constexpr int per_word = TRIT_CODES_PER_WORD(depth);
+    constexpr int offset   = TRIT_OFFSET(depth);
 
     const int lane = i % 4;
-    if (i < 4*per_word*trit_n_quads(depth)) {
+    if (i < 4*per_word*TRIT_QUADS(depth)) {
         const int p = i / (4*per_word);
         const int j = i / 4 % per_word;
         return trit_field(words[4*p + lane], depth*j, depth) - offset;
@@ -319,7 +283,7 @@ static __device__ __forceinline__ uint32_t trit_scale_index(const uint16_t * __r
 
 template <int depth>
 static __device__ __forceinline__ void dequantize_trit(const void * vx, const int64_t ib, const int iqs, float2 & v) {
-    const uint16_t * words = (const uint16_t *) vx + ib*trit_n_words(depth);
+    const uint16_t * words = (const uint16_t *) vx + ib*TRIT_WORDS(depth);
 
     uint32_t k[NG_TRIT];
 #pragma unroll

@@ -1,6 +1,10 @@
 #ifndef GGML_METAL_TRIT
 #define GGML_METAL_TRIT
 
+#if !defined(GGML_METAL_EMBED_LIBRARY) // CMakeLists.txt puts it before this header there
+#include "ggml-trit-common.h"
+#endif
+
 // TRIT1..TRIT4: codes and scales of a block. ggml-trit.c is the reference of the format.
 //
 // A word is a fraction, of 16 bits. Times 3^n, it is the field of its first n trits before the point, and what the next
@@ -9,22 +13,9 @@
 //
 // Four words are a quad, of four lanes. Column c of a block is the weights 4c to 4c + 3, one in each lane.
 
-// round(1024 * 2^((13 - k) / 6)), k = 0..26
-constexpr constant static float trit_ratio[27] = {
-    4598.f, 4096.f, 3649.f, 3251.f, 2896.f, 2580.f, 2299.f, 2048.f, 1825.f,
-    1625.f, 1448.f, 1290.f, 1149.f, 1024.f,  912.f,  813.f,  724.f,  645.f,
-     575.f,  512.f,  456.f,  406.f,  362.f,  323.f,  287.f,  256.f,  228.f,
-};
-
-// [depth - 1][i]: the float nearest to 3^(2 - depth) * 2^(3 - i/6) / 1024, in the nine digits that tell it from others
-constexpr constant static float trit_anchor_octave[4][6] = {
-    { 2.34375000e-02f, 2.08804384e-02f, 1.86023563e-02f, 1.65728144e-02f, 1.47647001e-02f, 1.31538520e-02f },
-    { 7.81250000e-03f, 6.96014613e-03f, 6.20078528e-03f, 5.52427163e-03f, 4.92156669e-03f, 4.38461732e-03f },
-    { 2.60416674e-03f, 2.32004863e-03f, 2.06692843e-03f, 1.84142392e-03f, 1.64052215e-03f, 1.46153907e-03f },
-    { 8.68055562e-04f, 7.73349602e-04f, 6.88976143e-04f, 6.13807992e-04f, 5.46840718e-04f, 4.87179699e-04f },
-};
-
-constexpr constant static ushort trit_pow3[10] = { 1, 3, 9, 27, 81, 243, 729, 2187, 6561, 19683 };
+constexpr constant static float  trit_ratio[TRIT_N_SCALES] = { TRIT_RATIOS };
+constexpr constant static float  trit_anchor_octave[4][6]  = { TRIT_ANCHOR_OCTAVES };
+constexpr constant static ushort trit_pow3[TRIT_PER_WORD]  = { TRIT_POWERS };
 
 //
 // words
@@ -39,10 +30,10 @@ static inline float4 trit_skip(ushort4 words, ushort4 pow) {
     return float4(words*pow) / 65536.f;
 }
 
-// the next field less offset, radix = 3^n
-template <typename T>
-static inline T trit_next(thread T & x, float radix, float offset) {
-    const T scaled = x*radix - offset;
+// the next field, of n trits, less offset: a code
+template <short n, typename T>
+static inline T trit_next(thread T & x, float offset = TRIT_OFFSET(n)) {
+    const T scaled = x*(float) TRIT_LEVELS(n) - offset;
     const T field  = floor(scaled);
 
     x = scaled - field;
@@ -68,7 +59,7 @@ static inline ushort4 trit_pair(device const uint16_t * q) {
 static inline float4 trit_scale_line(device const uint16_t * q) {
     float4 x = trit_skip(trit_pair(q), ushort4(81, 2187, 81, 2187));
 
-    return trit_next(x, 27.f, 0.f);
+    return trit_next<3>(x, 0.f);
 }
 
 // Each product is rounded, as in the reference.
@@ -79,14 +70,14 @@ static inline float4 trit_scales(constant const float * octave, float4 index) {
     // divided by a power of two, all anchors are normal numbers
     const float anchor = as_type<float>(as_type<int>(octave[n%6]) - ((n/6) << 23));
 
-    return anchor*float4(1024.f, trit_ratio[k[1]], trit_ratio[k[2]], trit_ratio[k[3]]);
+    return anchor*float4((float) TRIT_RATIO_ONE, trit_ratio[k[1]], trit_ratio[k[2]], trit_ratio[k[3]]);
 }
 
 static inline float4 trit_scales(device const block_trit1 * xb) {
     float4 high = trit_skip(trit_quad(xb->qs    ), ushort4(trit_pow3[8]));
     float4 low  = trit_skip(trit_quad(xb->qs + 4), ushort4(trit_pow3[8]));
 
-    return trit_scales(trit_anchor_octave[0], 3.f*trit_next(high, 9.f, 0.f) + trit_next(low, 3.f, 0.f));
+    return trit_scales(trit_anchor_octave[0], 3.f*trit_next<2>(high, 0.f) + trit_next<1>(low, 0.f));
 }
 
 static inline float4 trit_scales(device const block_trit2 * xb) {
@@ -98,7 +89,7 @@ static inline float4 trit_scales(device const block_trit3 * xb) {
 
     FOR_UNROLL (short s = 0; s < 3; ++s) {
         float4 x = trit_skip(trit_quad(xb->qs + 4*s), ushort4(trit_pow3[9]));
-        index = 3.f*index + trit_next(x, 3.f, 0.f);
+        index = 3.f*index + trit_next<1>(x, 0.f);
     }
 
     return trit_scales(trit_anchor_octave[2], index);
@@ -115,7 +106,7 @@ static inline float4 trit_scales(device const block_trit4 * xb) {
 static inline float4 trit_column(device const block_trit1 * xb, short c) {
     float4 x = trit_skip(trit_quad(xb->qs + 4*(c/8)), ushort4(trit_pow3[c%8]));
 
-    return trit_next(x, 3.f, 1.f);
+    return trit_next<1>(x);
 }
 
 static inline float4 trit_column(device const block_trit2 * xb, short c) {
@@ -123,39 +114,39 @@ static inline float4 trit_column(device const block_trit2 * xb, short c) {
         trit_skip(trit_quad(xb->qs + 4*(c/5)), ushort4(trit_pow3[2*(c%5)])) :
         trit_skip(trit_pair(xb->qs + 12), ushort4(1, 9, 1, 9));
 
-    return trit_next(x, 9.f, 4.f);
+    return trit_next<2>(x);
 }
 
 static inline float4 trit_column(device const block_trit3 * xb, short c) {
     if (c < 15) {
         float4 x = trit_skip(trit_quad(xb->qs + 4*(c/3)), ushort4(trit_pow3[3*(c%3)]));
 
-        return trit_next(x, 27.f, 13.f);
+        return trit_next<3>(x);
     }
 
     float4 high = trit_skip(ushort4(xb->qs[20]), ushort4(1, 9, 81, 729));
     float4 low  = trit_skip(trit_quad(xb->qs + 12), ushort4(trit_pow3[9]));
 
-    return 3.f*trit_next(high, 9.f, 4.f) + trit_next(low, 3.f, 1.f);
+    return 3.f*trit_next<2>(high) + trit_next<1>(low);
 }
 
 static inline float4 trit_column(device const block_trit4 * xb, short c) {
     if (c < 12) {
         float4 x = trit_skip(trit_quad(xb->qs + 4*(c/2)), ushort4(trit_pow3[4*(c%2)]));
 
-        return trit_next(x, 81.f, 40.f);
+        return trit_next<4>(x);
     }
 
     if (c < 15) {
         float4 high = trit_skip(trit_quad(xb->qs + 8*(c - 12)    ), ushort4(trit_pow3[8]));
         float4 low  = trit_skip(trit_quad(xb->qs + 8*(c - 12) + 4), ushort4(trit_pow3[8]));
 
-        return 9.f*trit_next(high, 9.f, 4.f) + trit_next(low, 9.f, 4.f);
+        return 9.f*trit_next<2>(high) + trit_next<2>(low);
     }
 
     float4 x = trit_skip(ushort4(xb->qs[24], xb->qs[26], xb->qs[25], xb->qs[26]), ushort4(1, 1, 1, 81));
 
-    return trit_next(x, 81.f, 40.f);
+    return trit_next<4>(x);
 }
 
 // group il of a block
@@ -181,7 +172,7 @@ static inline void trit_lane(device const block_trit1 * xb, short lane, thread f
         float x = trit_skip(xb->qs[4*w + lane], 1);
 
         FOR_UNROLL (short c = 8*w; c < 8*w + 8; ++c) {
-            codes[c/4][c%4] = trit_next(x, 3.f, 1.f);
+            codes[c/4][c%4] = trit_next<1>(x);
         }
     }
 }
@@ -191,27 +182,27 @@ static inline void trit_lane(device const block_trit2 * xb, short lane, thread f
         float x = trit_skip(xb->qs[4*w + lane], 1);
 
         FOR_UNROLL (short c = 5*w; c < 5*w + 5; ++c) {
-            codes[c/4][c%4] = trit_next(x, 9.f, 4.f);
+            codes[c/4][c%4] = trit_next<2>(x);
         }
     }
 
     float x = trit_skip(xb->qs[12 + lane/2], lane%2 == 0 ? 1 : 9);
-    codes[3][3] = trit_next(x, 9.f, 4.f);
+    codes[3][3] = trit_next<2>(x);
 }
 
 static inline void trit_lane(device const block_trit3 * xb, short lane, thread float4x4 & codes) {
     float high = trit_skip(xb->qs[20], trit_pow3[2*lane]);
-    codes[3][3] = 3.f*trit_next(high, 9.f, 4.f);
+    codes[3][3] = 3.f*trit_next<2>(high);
 
     FOR_UNROLL (short w = 0; w < 5; ++w) {
         float x = trit_skip(xb->qs[4*w + lane], 1);
 
         FOR_UNROLL (short c = 3*w; c < 3*w + 3; ++c) {
-            codes[c/4][c%4] = trit_next(x, 27.f, 13.f);
+            codes[c/4][c%4] = trit_next<3>(x);
         }
 
         if (w == 3) {
-            codes[3][3] += trit_next(x, 3.f, 1.f);
+            codes[3][3] += trit_next<1>(x);
         }
     }
 }
@@ -221,15 +212,15 @@ static inline void trit_lane(device const block_trit4 * xb, short lane, thread f
         float x = trit_skip(xb->qs[4*w + lane], 1);
 
         FOR_UNROLL (short c = 2*w; c < 2*w + 2; ++c) {
-            codes[c/4][c%4] = trit_next(x, 81.f, 40.f);
+            codes[c/4][c%4] = trit_next<4>(x);
         }
 
-        const float rest = trit_next(x, 9.f, 4.f);
+        const float rest = trit_next<2>(x);
         codes[3][w/2] = w%2 == 0 ? 9.f*rest : codes[3][w/2] + rest;
     }
 
     float x = trit_skip(xb->qs[lane%2 == 0 ? 24 + lane/2 : 26], lane == 3 ? 81 : 1);
-    codes[3][3] = trit_next(x, 81.f, 40.f);
+    codes[3][3] = trit_next<4>(x);
 }
 
 #endif // GGML_METAL_TRIT

@@ -68,7 +68,7 @@ TRIT_INLINE void store_sums(float32x4_t acc, float * s, bool accumulate) {
 TRIT_INLINE void prefetch_block(int depth, const uint16_t * words) {
     const char * ahead = (const char *) words + TRIT_PREFETCH;
     TRIT_UNROLL
-    for (int i = 0; i < TRIT_STRIP*trit_block_words(depth)*2; i += 64) {
+    for (int i = 0; i < TRIT_STRIP*TRIT_WORDS(depth)*2; i += 64) {
         __builtin_prefetch(ahead + i);
     }
 }
@@ -87,7 +87,7 @@ TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, const uint16_t * wo
             acc[i][c] = vdupq_n_f32(0.0f);
         }
     }
-    for (int64_t ib = 0; ib < n_blocks; ++ib, words += TRIT_STRIP*trit_block_words(depth)) {
+    for (int64_t ib = 0; ib < n_blocks; ++ib, words += TRIT_STRIP*TRIT_WORDS(depth)) {
         // not unrolled: compilers would mix the parts and run out of registers
         for (int i = 0; i < TRIT_PARTS; ++i) {
             struct strip_block x;
@@ -214,7 +214,7 @@ TRIT_INLINE void multiply_tile(int depth, int64_t n_blocks, const uint16_t * wor
     for (int64_t ib = 0; ib < n_blocks; ++ib) {
         for (int i = 0; i < TRIT_PARTS; ++i) {
             struct strip_block x;
-            unpack_block(depth, &tables, words + ib*TRIT_STRIP*trit_block_words(depth), i*TRIT_LANES, &x);
+            unpack_block(depth, &tables, words + ib*TRIT_STRIP*TRIT_WORDS(depth), i*TRIT_LANES, &x);
             pair_rows(&x, tile + ib*TRIT_PARTS + i);
         }
     }
@@ -254,7 +254,7 @@ TRIT_INLINE void multiply_tile(int depth, int64_t n_blocks, const uint16_t * wor
     for (int lane0 = 0; lane0 < TRIT_STRIP; lane0 += TRIT_LANES) {
         struct strip_block tile[TRIT_TILE_BLOCKS];
         for (int64_t ib = 0; ib < n_blocks; ++ib) {
-            unpack_block(depth, &tables, words + ib*TRIT_STRIP*trit_block_words(depth), lane0, tile + ib);
+            unpack_block(depth, &tables, words + ib*TRIT_STRIP*TRIT_WORDS(depth), lane0, tile + ib);
         }
         int64_t c = 0;
         for (; c + TRIT_MAX_COLS <= n_cols; c += TRIT_MAX_COLS) {

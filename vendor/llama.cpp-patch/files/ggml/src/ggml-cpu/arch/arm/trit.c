@@ -62,14 +62,14 @@ TRIT_INLINE float vec_dot(int depth, int n, const uint16_t * GGML_RESTRICT x, co
     struct scale_tables tables;
     init_scale_tables(depth, &tables);
     const int n_blocks   = n/QK_TRIT;
-    const int block_size = trit_block_words(depth)*sizeof(uint16_t);
+    const int block_size = TRIT_WORDS(depth)*sizeof(uint16_t);
 
     float32x4_t acc = vdupq_n_f32(0.0f);
     for (int ib = 0; ib < n_blocks; ib += TRIT_STRIP) {
         // a strip whose rows are blocks of this row
         const int n_rows = MIN(TRIT_STRIP, n_blocks - ib);
         uint16_t strip[TRIT_STRIP*sizeof(block_trit4)/sizeof(uint16_t)];
-        ggml_trit_interleave(depth, 1, n_rows, x + ib*trit_block_words(depth), block_size, strip);
+        ggml_trit_interleave(depth, 1, n_rows, x + ib*TRIT_WORDS(depth), block_size, strip);
 
         for (int lane0 = 0; lane0 < n_rows; lane0 += TRIT_LANES) {
             struct strip_block block;

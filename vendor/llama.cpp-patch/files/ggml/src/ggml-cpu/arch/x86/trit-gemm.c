@@ -351,7 +351,7 @@ TRIT_INLINE void store_sums(int n_cols, const vfloat * acc, float * const * s, i
 TRIT_INLINE void prefetch_block(int depth, const uint16_t * words) {
     const char * ahead = (const char *) words + TRIT_PREFETCH;
     TRIT_UNROLL
-    for (int i = 0; i < TRIT_STRIP*trit_block_words(depth)*2; i += 64) {
+    for (int i = 0; i < TRIT_STRIP*TRIT_WORDS(depth)*2; i += 64) {
         _mm_prefetch(ahead + i, _MM_HINT_T0);
     }
 }
@@ -367,7 +367,7 @@ TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, const uint16_t * wo
             acc[i][c] = V(setzero_ps)();
         }
     }
-    for (int64_t ib = 0; ib < n_blocks; ++ib, words += TRIT_STRIP*trit_block_words(depth)) {
+    for (int64_t ib = 0; ib < n_blocks; ++ib, words += TRIT_STRIP*TRIT_WORDS(depth)) {
         prefetch_block(depth, words);
         TRIT_UNROLL
         for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
@@ -409,7 +409,7 @@ TRIT_INLINE void gemm_strip(int depth, int64_t n_blocks, const uint16_t * words,
     for (int lane0 = 0; lane0 < TRIT_STRIP; lane0 += TRIT_LANES) {
         struct strip_block tile[TRIT_TILE_BLOCKS];
         for (int64_t ib = 0; ib < n_blocks; ++ib) {
-            unpack_block(depth, words + ib*TRIT_STRIP*trit_block_words(depth), lane0, tile + ib);
+            unpack_block(depth, words + ib*TRIT_STRIP*TRIT_WORDS(depth), lane0, tile + ib);
         }
         int64_t c = 0;
         for (; c + TRIT_MAX_COLS <= n_cols; c += TRIT_MAX_COLS) {
@@ -425,7 +425,7 @@ TRIT_INLINE void gemm_strip(int depth, int64_t n_blocks, const uint16_t * words,
 }
 
 void ggml_trit_prepare_activations(int depth, int64_t n_blocks, const block_q8_0 * GGML_RESTRICT x, struct trit_activations * GGML_RESTRICT y) {
-    const __m128i minus_offset = _mm_set1_epi16((short) -trit_code_offset(depth));
+    const __m128i minus_offset = _mm_set1_epi16((short) -TRIT_OFFSET(depth));
 
     for (int64_t ib = 0; ib < n_blocks; ++ib) {
         memset(y[ib].bias, 0, sizeof(y[ib].bias));

@@ -58,14 +58,14 @@ struct scales {
 #define FOUR_BLOCKS(f, b) f(b), f(b + 1), f(b + 2), f(b + 3)
 
 TRIT_INLINE __m256i gather_pairs(int depth, const uint16_t * words, int n_blocks) {
-#define LOAD(b) load_pair(words + trit_block_words(depth)*BLOCK(b))
+#define LOAD(b) load_pair(words + TRIT_WORDS(depth)*BLOCK(b))
     return _mm256_setr_epi32(FOUR_BLOCKS(LOAD, 0), FOUR_BLOCKS(LOAD, 4));
 #undef LOAD
 }
 
 // of four blocks from b on
 TRIT_INLINE __m256i gather_quads(int depth, const uint16_t * words, int n_blocks, int b) {
-#define LOAD(b) load_quad(words + trit_block_words(depth)*BLOCK(b))
+#define LOAD(b) load_quad(words + TRIT_WORDS(depth)*BLOCK(b))
     return _mm256_setr_epi64x(FOUR_BLOCKS(LOAD, b));
 #undef LOAD
 }
@@ -130,10 +130,10 @@ TRIT_INLINE __m256i join(__m256i a, __m256i b, __m256i c, __m256i d) {
 // in order, the first has those from weights 0, 4, 16 and 20 on, the second those from weights 8, 12, 24 and 28 on.
 TRIT_INLINE void unpack_codes(int depth, const uint16_t * words, __m256i code[2]) {
     __m256i q[6];
-    for (int i = 0; i < trit_block_words(depth)/4; ++i) {
+    for (int i = 0; i < TRIT_WORDS(depth)/4; ++i) {
         q[i] = _mm256_set1_epi64x(load_quad(words + 4*i));
     }
-    const __m256i end = _mm256_set1_epi64x(load_quad(words + trit_block_words(depth) - 4));
+    const __m256i end = _mm256_set1_epi64x(load_quad(words + TRIT_WORDS(depth) - 4));
 
     if (depth == 1) {
         for (int i = 0; i < 2; ++i) {
@@ -187,12 +187,12 @@ TRIT_INLINE __m256i dot_32(__m256i code, __m256i offset, const int8_t * qs, int3
 }
 
 TRIT_INLINE void dot_batch(int depth, const uint16_t * words, const block_q8_0 * y, int n_blocks, const int32_t * ratio, __m256 acc[2]) {
-    const __m256i offset = _mm256_set1_epi8(trit_code_offset(depth));
+    const __m256i offset = _mm256_set1_epi8(TRIT_OFFSET(depth));
 
     struct scales scales;
     unpack_scales(depth, words, y, n_blocks, &scales);
 
-    for (int b = 0; b < n_blocks; ++b, words += trit_block_words(depth), y += 2) {
+    for (int b = 0; b < n_blocks; ++b, words += TRIT_WORDS(depth), y += 2) {
         const uint8_t * k = scales.k[b];
         __m256i code[2];
         unpack_codes(depth, words, code);
@@ -219,7 +219,7 @@ TRIT_INLINE float vec_dot(int depth, int n_blocks, const uint16_t * words, const
     __m256 acc[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     for (; n_blocks >= TRIT_BATCH; n_blocks -= TRIT_BATCH) {
         dot_batch(depth, words, y, TRIT_BATCH, ratio, acc);
-        words += TRIT_BATCH*trit_block_words(depth);
+        words += TRIT_BATCH*TRIT_WORDS(depth);
         y     += TRIT_BATCH*2;
     }
     if (n_blocks > 0) {
