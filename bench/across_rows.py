@@ -33,7 +33,7 @@ from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 from tritcore.gguf_types import TRIT_TYPE
 from tritcore.output import reserve
-from tritrun.comparison import contents
+from tritrun.comparison import STAND_IN_BITS, STAND_IN_TYPE, contents
 
 _NAMES = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -166,8 +166,8 @@ def _round_trip(
 
 def _describe(header: GGUFWriter, name: str, bits_per_weight: float, imatrix: bool) -> None:
     header.add_file_type(LlamaFileType.MOSTLY_F16)
-    header.add_string("bench.across_rows.type", name)
-    header.add_float32("bench.across_rows.bits_per_weight", bits_per_weight)
+    header.add_string(STAND_IN_TYPE, name)
+    header.add_float32(STAND_IN_BITS, bits_per_weight)
     header.add_bool("bench.across_rows.imatrix", imatrix)
 
 

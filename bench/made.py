@@ -1,6 +1,5 @@
 """Files that a command makes once: a stamp beside them says of what they were made."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from tritconv.calibration.inputs import digest_of_files, digest_of_sources
 from tritcore.errors import TritError
-from tritcore.files import write_text_atomically
+from tritcore.files import sha256_of_json, write_text_atomically
 from tritrun.tools import fingerprint
 
 
@@ -43,7 +42,7 @@ def _recipe(targets: Sequence[Path], command: Sequence[object], sources: Sequenc
     scripts = [_digest(part) for part in command if isinstance(part, Path) and part.suffix == ".py"]
     arguments = [names.get(str(part), str(part)) for part in command if str(part) not in map(str, _folders(targets))]
     recipe = [arguments, scripts, digest_of_sources(), fingerprint()]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    return sha256_of_json(recipe)
 
 
 def _folders(targets: Sequence[Path]) -> list[Path]:

@@ -15,7 +15,7 @@ from tritcore.gguf_header import ModelFile, Value, read_model_file
 from tritrun import rounds
 from tritrun.bench import Benchmark, BenchRun, Speed
 from tritrun.cli import app
-from tritrun.comparison import contents
+from tritrun.comparison import STAND_IN_BITS, STAND_IN_TYPE, contents
 from tritrun.machine import describe
 from tritrun.perplexity import Run
 
@@ -295,11 +295,11 @@ def test_names_cannot_drive_the_terminal(base: Path, good: Path, text: Path, tmp
 
 def test_a_stand_in_is_what_it_stands_for(base: Path) -> None:
     file = read_model_file(base)
-    about: dict[str, Value] = {"bench.across_rows.type": "Q3_K", "bench.across_rows.bits_per_weight": 3.4375}
+    about: dict[str, Value] = {STAND_IN_TYPE: "Q3_K", STAND_IN_BITS: 3.4375}
     found = contents(replace(file, metadata=file.metadata | about))
     assert found.stand_in
     assert (found.layers, found.layer_bits, found.family) == ({"Q3_K": 1.0}, 3.4375, "K-quant")
     wrong: tuple[Value, ...] = (float("nan"), -1.0, "3", True)
     for bits in wrong:
-        about["bench.across_rows.bits_per_weight"] = bits
+        about[STAND_IN_BITS] = bits
         assert contents(replace(file, metadata=file.metadata | about)) == contents(file)

@@ -1,4 +1,4 @@
-"""tritrun reads GGUF headers: what is right gets through, everything else is one clear line."""
+"""GGUF headers: right ones are read, all others are refused in one line; the memory that a model needs."""
 
 import struct
 from pathlib import Path
@@ -20,6 +20,7 @@ from tiny_gguf import (
 
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
+from tritrun.memory import check_memory, kv_cache_bytes, share_of_layers
 
 TRIT3, TRIT3_BLOCK = 87, 42
 NORM_OFFSET = 192  # 4 blocks, and up to the next multiple of 32
@@ -57,7 +58,7 @@ def test_tiny_model(tiny_model: Path) -> None:
     assert model.size == tiny_model.stat().st_size
     assert 16 < model.bits_per_weight < 16.2  # float16 matrices and a few float32 norms
     head_size = HIDDEN // HEADS
-    assert model.kv_cache_bytes(100) == 100 * LAYERS * (HEADS // 2) * 2 * head_size * 2
+    assert kv_cache_bytes(model, 100) == 100 * LAYERS * (HEADS // 2) * 2 * head_size * 2
 
 
 def test_trit_model(path: Path) -> None:
@@ -124,25 +125,25 @@ def test_a_flipped_byte_gives_a_model_or_an_error(tmp_path_factory: pytest.TempP
         model = read_model_file(path)
     except TritError:
         return
-    model.check_memory(4096, None)
+    check_memory(model, 4096, None)
     assert model.bits_per_weight >= 0
     assert model.main_type
 
 
 def test_memory(tiny_model: Path) -> None:
     model = read_model_file(tiny_model)
-    needed = model.size + model.kv_cache_bytes(4096)
-    model.check_memory(4096, needed)
-    model.check_memory(4096, None)
-    model.check_memory(4096, 0, on_gpu=1.0)
+    needed = model.size + kv_cache_bytes(model, 4096)
+    check_memory(model, 4096, needed)
+    check_memory(model, 4096, None)
+    check_memory(model, 4096, 0, on_gpu=1.0)
     with pytest.raises(TritError, match=r"does not fit into memory: it needs .* for a context of 4096"):
-        model.check_memory(4096, needed - 1)
+        check_memory(model, 4096, needed - 1)
 
 
 def test_share_of_layers(tiny_model: Path) -> None:
     model = read_model_file(tiny_model)
-    assert [model.share_of_layers(n) for n in (0, -1, 99)] == [0.0, 1.0, 1.0]
-    assert model.share_of_layers(1) == pytest.approx(1 / (LAYERS + 1))
+    assert [share_of_layers(model, n) for n in (0, -1, 99)] == [0.0, 1.0, 1.0]
+    assert share_of_layers(model, 1) == pytest.approx(1 / (LAYERS + 1))
 
 
 def test_kv_heads_per_layer(path: Path) -> None:
@@ -150,7 +151,7 @@ def test_kv_heads_per_layer(path: Path) -> None:
     architecture = string("general.architecture") + struct.pack("<I", 8) + string("x")
     sizes = [u32_entry(f"x.{key}", n) for key, n in (("block_count", 3), ("attention.key_length", 8))]
     path.write_bytes(bare_gguf([architecture, heads, *sizes, u32_entry("x.attention.value_length", 4)], []))
-    assert read_model_file(path).kv_cache_bytes(10) == 10 * (2 + 0 + 1) * (8 + 4) * 2
+    assert kv_cache_bytes(read_model_file(path), 10) == 10 * (2 + 0 + 1) * (8 + 4) * 2
 
 
 def test_heads_per_layer(path: Path) -> None:
@@ -158,4 +159,4 @@ def test_heads_per_layer(path: Path) -> None:
     architecture = string("general.architecture") + struct.pack("<I", 8) + string("x")
     sizes = [u32_entry(f"x.{key}", n) for key, n in (("block_count", 3), ("embedding_length", 16))]
     path.write_bytes(bare_gguf([architecture, heads, *sizes], []))
-    assert read_model_file(path).kv_cache_bytes(10) == 10 * (2 + 4 + 4) * (8 + 8) * 2
+    assert kv_cache_bytes(read_model_file(path), 10) == 10 * (2 + 4 + 4) * (8 + 8) * 2

@@ -15,6 +15,7 @@ from tritconv.cli import app as tritconv
 from tritcore.errors import TritError
 from tritrun.aborts import failed_check
 from tritrun.cli import app
+from tritrun.memory import check_memory
 from tritrun.models import paths_of, read_text, read_text_model
 
 COMMANDS = [
@@ -261,7 +262,7 @@ def test_the_parts_of_a_model_are_one(tiny_model: Path, tmp_path: Path) -> None:
         assert model.bits_per_weight == whole.bits_per_weight
         assert paths_of(model) == [first, second]
         with pytest.raises(TritError, match="does not fit into memory"):
-            model.check_memory(1, first.stat().st_size + 1000)
+            check_memory(model, 1, first.stat().st_size + 1000)
     second.unlink()
     with pytest.raises(TritError, match=r"tiny-00002-of-00002\.gguf is not beside it"):
         read_text_model(first)

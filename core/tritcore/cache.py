@@ -5,7 +5,6 @@ as what backups may leave out, says what it is, has the time of its last use, an
 process uses it. Nothing that is not such an entry is ever deleted.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from tritcore import sizes
+from tritcore import files, sizes
 from tritcore.errors import TritError
 
 if sys.platform != "win32":
@@ -37,9 +36,7 @@ _SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info
 _OURS = "# tritconv: "
 _ENTRY = re.compile(r"[0-9a-f]{24}")
 _FILE = re.compile(r"[a-z]+-\d{4}\.safetensors")
-_PARTIAL = ".part-"
 _DAY = 24 * 3600.0
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def folder() -> Path:
@@ -119,20 +116,10 @@ class Entry:
         target = self.folder / name
         assert _FILE.fullmatch(name)
         try:
-            handle, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self.folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, target)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(partial)
-                raise
+            files.replace_content(target, data)
             os.utime(self.folder / _TAG)
         except OSError as error:
-            if error.errno in _NO_SPACE:
+            if files.has_no_space(error):
                 raise _full(target, len(data), "; another run will go on from here") from error
             raise _refused(target, error) from error
         prune()
@@ -152,7 +139,7 @@ def _hold(place: Path, about: str) -> int:
             continue  # deleted just when mkdir looked whether it is a folder
         try:
             if _lock(tag, exclusive=True) is not False and _is(tag, place / _TAG):  # nobody else is in it
-                for path in place.glob(f"{_PARTIAL}*"):
+                for path in place.glob(f"{files.PARTIAL}*"):
                     path.unlink()
             _lock(tag, exclusive=False)
             # another process may have deleted the entry between the calls
@@ -189,7 +176,7 @@ def _lock(file: int, exclusive: bool) -> bool | None:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Listed:
     """An entry, as a list shows it.
 
     Attributes:
@@ -203,7 +190,7 @@ class Kept:
     used: float
 
 
-def entries() -> list[Kept]:
+def entries() -> list[Listed]:
     """All entries, the least recently used first. Raises TritError."""
     place, found = folder(), []
     try:
@@ -216,7 +203,7 @@ def entries() -> list[Kept]:
         with suppress(OSError):  # another process has just deleted it
             if (about := _about(path)) is not None:
                 size = sum(file.stat().st_size for file in _files(path))
-                found.append(Kept(path, about, size, (path / _TAG).stat().st_mtime))
+                found.append(Listed(path, about, size, (path / _TAG).stat().st_mtime))
     return sorted(found, key=lambda kept: kept.used)
 
 
@@ -271,10 +258,10 @@ def _about(place: Path) -> str | None:
 
 def _files(place: Path) -> Iterator[Path]:
     """What tritconv has written into an entry, but for the tag."""
-    return (path for path in place.iterdir() if _FILE.fullmatch(path.name) or path.name.startswith(_PARTIAL))
+    return (path for path in place.iterdir() if _FILE.fullmatch(path.name) or path.name.startswith(files.PARTIAL))
 
 
-def _delete(kept: Kept) -> bool:
+def _delete(kept: Listed) -> bool:
     """Delete an entry; False if a process uses it, or it cannot be deleted."""
     try:
         tag = os.open(kept.folder / _TAG, os.O_RDWR)

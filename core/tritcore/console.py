@@ -42,12 +42,6 @@ def forgive_encodings() -> None:
             stream.reconfigure(errors="replace")
 
 
-def write_answer(text: str) -> None:
-    """Write model output to stdout at once, without control characters."""
-    sys.stdout.write(without_controls(text))
-    sys.stdout.flush()
-
-
 def note(text: str) -> None:
     """Write a dim line to stderr."""
     err.print(f"[dim]{escape(one_line(text))}[/dim]", soft_wrap=True)

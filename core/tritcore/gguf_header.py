@@ -198,7 +198,7 @@ class ModelFile:
     @property
     def trained_context(self) -> int:
         """Context length in tokens that the model was trained for, 0 if the file does not say."""
-        return self._count("context_length")
+        return self.hyperparameter("context_length")
 
     @property
     def vocabulary_size(self) -> int:
@@ -206,57 +206,14 @@ class ModelFile:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         return tokens.length if isinstance(tokens, Skipped) else 0
 
-    def kv_cache_bytes(self, n_ctx: int) -> int:
-        """Estimate of the float16 key-value cache for `n_ctx` tokens, in bytes.
-
-        An upper bound for models with sliding windows; 0 where the metadata does not say.
-        """
-        first_heads, heads = self._heads("attention.head_count")
-        width = self._count("embedding_length") // first_heads if first_heads else 0
-        keys = self._count("attention.key_length") or width
-        values = self._count("attention.value_length") or width
-        _, kv_heads = self._heads("attention.head_count_kv")
-        return 2 * n_ctx * (kv_heads or heads) * (keys + values)
-
-    def share_of_layers(self, gpu_layers: int) -> float:
-        """Share of the layers, 0..1, that `--gpu-layers` moves to a GPU; the output counts as one layer."""
-        layers = self._count("block_count") + 1
-        return min(gpu_layers / layers, 1.0) if gpu_layers >= 0 else 1.0
-
-    def check_memory(self, n_ctx: int, available: int | None, on_gpu: float = 0.0) -> None:
-        """Refuse a model that does not fit.
-
-        Args:
-            n_ctx: context length in tokens.
-            available: bytes of memory, None if unknown (then nothing is refused).
-            on_gpu: share of the layers that a GPU holds, 0..1.
-
-        Raises:
-            TritError: weights and key-value cache need more than `available`.
-        """
-        weights = int(self.size * (1 - on_gpu))
-        cache = int(self.kv_cache_bytes(n_ctx) * (1 - on_gpu))
-        if available is not None and weights + cache > available:
-            raise TritError(
-                f"{self.path} does not fit into memory: it needs {human_size(weights)} for weights and about "
-                f"{human_size(cache)} for a context of {n_ctx} tokens, {human_size(available)} are free; "
-                "take a smaller --ctx or a smaller model"
-            )
-
-    def _key(self, key: str) -> str:
+    def key_of_architecture(self, key: str) -> str:
+        """The metadata key with the architecture's prefix, such as llama.block_count."""
         return f"{self.metadata.get('general.architecture')}.{key}"
 
-    def _count(self, key: str) -> int:
-        value = self.metadata.get(self._key(key))
+    def hyperparameter(self, key: str) -> int:
+        """A positive integer of the architecture, such as block_count; 0 if the file lacks it."""
+        value = self.metadata.get(self.key_of_architecture(key))
         return value if isinstance(value, int) and value > 0 else 0
-
-    def _heads(self, key: str) -> tuple[int, int]:
-        """The heads of the first layer that has any, and of all layers: metadata have a number for all, or a list."""
-        value = self.metadata.get(self._key(key))
-        if isinstance(value, tuple):
-            heads = [n for n in value if isinstance(n, int) and n > 0]
-            return (heads[0] if heads else 0), sum(heads)
-        return self._count(key), self._count(key) * self._count("block_count")
 
 
 def read_model_file(path: Path) -> ModelFile:

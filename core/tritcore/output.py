@@ -1,6 +1,5 @@
 """The file that a conversion writes: checked and locked before work begins, in place only when it is whole."""
 
-import errno
 import os
 import shutil
 import sys
@@ -8,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tritcore import files
 from tritcore.errors import TritError
 
 if sys.platform != "win32":
     from fcntl import LOCK_EX, LOCK_NB, flock
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Output:
@@ -59,9 +57,7 @@ class Output:
     def publish(self) -> None:
         """Give the whole file its place. Raises TritError where a file has come there meanwhile."""
         self.check_place()
-        with self.partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.partial, self._place)
+        files.publish(self.partial, self._place)
         self.published = True
 
 
@@ -92,7 +88,7 @@ def reserve(target: Path, force: bool) -> Iterator[Output]:
     except OSError as error:
         if error.filename is not None and not output.owns(error.filename):
             raise  # of another file
-        if error.errno in _NO_SPACE:
+        if files.has_no_space(error):
             raise TritError(f"no space left for {target}: free some, or choose another folder with -o") from error
         raise TritError(f"cannot write {target}: {error.strerror or error}; choose another place with -o") from error
 

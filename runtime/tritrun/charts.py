@@ -60,7 +60,7 @@ def _speed_chart(comparison: Comparison, link: Link) -> Chart | None:
 
 
 def _bits_chart(comparison: Comparison, link: Link) -> Chart | None:
-    """Only where types were laid across rows: they have no size."""
+    """Only with stand-ins: they have no size."""
     if not any(row.contents.stand_in for row in comparison.rows):
         return None
     points = [_point(row, row.contents.layer_bits, link) for row in _drawable(comparison.rows)]

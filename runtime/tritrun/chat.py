@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tritcore.console import err, error, note, without_controls, write_answer
+from tritcore.console import err, error, note, without_controls
 from tritcore.errors import TritError
 from tritrun.conversation import Conversation
 from tritrun.engine import Answer, Engine, Finish
@@ -138,14 +138,14 @@ class Chat:
                 piece = piece if said else piece.lstrip()
                 if piece:
                     said.append(piece)
-                    write_answer(piece)
+                    _write(piece)
         except KeyboardInterrupt:
             answer.finish = "interrupted"
             raise
         finally:
             conversation.reply("".join(said))
             reasoning.end()
-            write_answer("\n")
+            _write("\n")
             if reasoning.seen and not said:
                 note(f"the model only reasoned and gave no answer{_ENDINGS.get(answer.finish, '')}")
             if report:
@@ -214,6 +214,12 @@ def _is_waiting(seconds: float) -> bool:
     if sys.platform == "win32":  # select knows only sockets there
         return False
     return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def _write(text: str) -> None:
+    """Write model output to stdout at once, without control characters."""
+    sys.stdout.write(without_controls(text))
+    sys.stdout.flush()
 
 
 def _required_path(command: str, file: str) -> Path:

@@ -23,6 +23,7 @@ from tritrun.compare import work_folder
 from tritrun.compare_plan import Plan, SpeedSettings
 from tritrun.engine import Engine
 from tritrun.machine import available_memory, physical_cores
+from tritrun.memory import check_memory
 from tritrun.models import read_text_model
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
@@ -171,7 +172,7 @@ def bench(
     variants.force(cpu)
     files = [read_text_model(model) for model in models]
     for file in files:
-        file.check_memory(prompt_tokens, available_memory())
+        check_memory(file, prompt_tokens, available_memory())
     run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores())
     out.print(run.as_table([run.measure(file) for file in files]))
 

@@ -24,6 +24,7 @@ from tritrun.bench import BenchRun
 from tritrun.compare_plan import Plan
 from tritrun.comparison import Comparison, Conditions, Row, contents
 from tritrun.kept import Kept, Key
+from tritrun.memory import check_memory
 from tritrun.models import paths_of, read_text_model
 from tritrun.naming import clean_name, labels_of, split_label
 from tritrun.peers import check_recipes, make_imatrix, quantize
@@ -113,7 +114,7 @@ class _Compare:
             self._run.check(file, self._base)
             if plan.speed:
                 tokens = plan.speed.prompt_tokens + plan.speed.answer_tokens
-                file.check_memory(tokens, machine.available_memory())
+                check_memory(file, tokens, machine.available_memory())
         for text in filter(None, (plan.calibrate, plan.imatrix)):
             if not text.is_file() or not text.stat().st_size:
                 raise TritError(f"{text}: no such file, or it is empty")

@@ -20,6 +20,12 @@ from tritrun.perplexity import Divergence
 from tritrun.perplexity_log import Estimate
 from tritrun.rounds import PHASES, Spread
 
+STAND_IN_TYPE = "trit.stand_in.type"
+"""Metadata key, text: the type that the file stands in for. The matrices of its layers hold, as floats, weights that
+were encoded in that type and decoded."""
+STAND_IN_BITS = "trit.stand_in.bits_per_weight"
+"""Metadata key, float32: the bits per weight of that type."""
+
 _FORMAT = 1  # of the JSON
 
 
@@ -33,8 +39,8 @@ class Contents:
         layers: tensor type -> share of the weights, 0..1, in the matrices of the layers, the largest first.
         layer_bits: bits per weight of those matrices.
         bits: bits per weight of all tensors.
-        stand_in: the file holds, as floats, what the layers would be in a type that does not fit their rows (see
-            bench/across_rows.py): its size and speed mean nothing, `layers` and `layer_bits` are that type's.
+        stand_in: the matrices of the layers are floats that went through another type, as the header says (see
+            `STAND_IN_TYPE`). `layers` and `layer_bits` are those of that type; size and speed of the file say nothing.
     """
 
     file_type: str
@@ -171,7 +177,7 @@ def contents(model: ModelFile) -> Contents:
         layer_bits=8 * n_bytes / total if total else 0.0,
         bits=model.bits_per_weight,
     )
-    stands_for, bits = (model.metadata.get(f"bench.across_rows.{key}") for key in ("type", "bits_per_weight"))
+    stands_for, bits = model.metadata.get(STAND_IN_TYPE), model.metadata.get(STAND_IN_BITS)
     if isinstance(stands_for, str) and isinstance(bits, float) and 0 < bits < 32:
         name = clean_name(stands_for)
         return replace(found, file_type=name, layers={name: 1.0}, layer_bits=bits, stand_in=True)

@@ -12,6 +12,7 @@ from tritcore.gguf_header import ModelFile
 from tritrun import reasoning
 from tritrun.llama import Llama, Sampling, load_bindings
 from tritrun.machine import available_memory
+from tritrun.memory import check_memory, share_of_layers
 from tritrun.models import read_text
 from tritrun.prompt import encode
 from tritrun.template import BadTemplateError, ChatTemplate, Message, Prompt, plain_prompt
@@ -56,7 +57,7 @@ class Engine:
         if gpu_layers and not load_bindings()[0].llama_supports_gpu_offload():
             note("this build of llama.cpp has no GPU support: --gpu-layers is ignored")
             gpu_layers = 0
-        model.check_memory(n_ctx, available_memory(), on_gpu=model.share_of_layers(gpu_layers))
+        check_memory(model, n_ctx, available_memory(), on_gpu=share_of_layers(model, gpu_layers))
         self._llama = Llama(model.path, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, check=check)
         self.n_ctx = n_ctx
         self._merges_system = False

@@ -1,12 +1,11 @@
 """A folder of results that took long, so that an interrupted or repeated run does not compute them again."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tritcore.files import write_text_atomically
+from tritcore.files import sha256_of_json, write_text_atomically
 
 Key = Mapping[str, Any]  # all that a result depends on; JSON holds it
 
@@ -19,8 +18,7 @@ class Kept:
 
     def path(self, kind: str, key: Key, suffix: str = "") -> Path:
         """Where the file of this kind and key belongs. Other keys have other names."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{kind}-{digest[:16]}{suffix}"
+        return self.folder / f"{kind}-{sha256_of_json(dict(key))[:16]}{suffix}"
 
     def load(self, kind: str, key: Key) -> Any:
         """The result stored under this key, None if there is none or it is damaged."""

@@ -1,4 +1,4 @@
-"""A comparison as an HTML page that needs nothing but itself: no network, no scripts, no fonts."""
+"""A comparison as one HTML page with its styles, charts and script inside: a browser loads nothing else."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -107,8 +107,8 @@ def _table_note(comparison: Comparison) -> str:
         text += "; of speeds, the range over all rounds"
     if any(row.contents.stand_in for row in comparison.rows):
         text += (
-            ". A file without a size stands in for a type whose blocks do not fit the rows of this model: its weights "
-            "went through that type laid across rows, and are stored as floats"
+            ". A file without a size stands in for one in the type of its layers: its weights were encoded in that "
+            "type, decoded, and stored as floats"
         )
     return text + "."
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tritcore.console import err, one_line
 from tritcore.errors import TritError
-from tritcore.files import scratch_beside
+from tritcore.files import publish, scratch_beside
 from tritcore.gguf_header import ModelFile, read_model_file
 from tritrun.text_tool import run_over_text
 from tritrun.tools import Finished, run_tool
@@ -56,7 +56,7 @@ def make_imatrix(base: ModelFile, text: Path, chunks: int | None, target: Path, 
         log = run_over_text(_IMATRIX, [str(argument) for argument in arguments], f"importance matrix on {text.name}")
         if not partial.exists():
             raise TritError(f"{_IMATRIX}: {log.first_error or f'no result from {text}'}")
-        partial.replace(target)
+        publish(partial, target)
 
 
 def quantize(source: Path, recipe: str, target: Path, threads: int, options: Sequence[str] = ()) -> None:
@@ -74,7 +74,7 @@ def quantize(source: Path, recipe: str, target: Path, threads: int, options: Seq
         if finished.exit_code:
             raise TritError(f"{target}: {_QUANTIZE}: {finished.reason}")
         read_model_file(partial)  # a full disk cuts it off
-        partial.replace(target)
+        publish(partial, target)
 
 
 def _known_recipes() -> list[str]:

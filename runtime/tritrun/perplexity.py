@@ -16,11 +16,12 @@ from rich.table import Table
 
 from tritcore.console import note, one_line
 from tritcore.errors import TritError
-from tritcore.files import scratch_beside, sha256, sha256_of_all
+from tritcore.files import publish, scratch_beside, sha256, sha256_of_all
 from tritcore.gguf_header import ModelFile
 from tritrun import variants
 from tritrun.base_logits import Stamp, append_stamp, check_stamp, logits_bytes
 from tritrun.machine import available_memory
+from tritrun.memory import check_memory
 from tritrun.models import paths_of
 from tritrun.perplexity_log import Estimate, PerplexityLog
 from tritrun.text_tool import OnStart, ignore_start, not_finite, run_over_text
@@ -133,7 +134,7 @@ class Run:
             result = self._make_logits(base, partial)
             if stamp is not None:
                 append_stamp(partial, stamp)
-            partial.replace(file)
+            publish(partial, file)
         return result
 
     def check(self, model: ModelFile, base: ModelFile | None = None) -> None:
@@ -150,7 +151,7 @@ class Run:
                 f"{model.vocabulary_size}: they are not the same model"
             )
         for file in filter(None, (base, model)):
-            file.check_memory(self.n_ctx, available_memory())
+            check_memory(file, self.n_ctx, available_memory())
 
     def _stamp(self, base: ModelFile | None) -> dict[str, str | int | None]:
         """What the logits of `base` on the text depend on; None leaves the model open."""

@@ -1,7 +1,6 @@
 """Find and run llama.cpp's own programs, which the patched llama-cpp-python brings along."""
 
 import ctypes
-import hashlib
 import importlib.util
 import os
 import signal
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritcore.errors import TritError
+from tritcore.files import sha256, sha256_of_json
 from tritrun.aborts import NO_BACKTRACE, failed_check
 
 _SECONDS_TO_DRAIN = 5
@@ -70,15 +70,12 @@ def library_folder() -> Path:
 
 
 def fingerprint(pattern: str = "lib*") -> str:
-    """SHA-256, in hex, of llama.cpp's libraries whose names match `pattern`.
+    """SHA-256, in hex, of the names and contents of llama.cpp's libraries whose names match `pattern`.
 
     Raises:
-        TritError: the libraries are not there.
+        TritError: the libraries are not there, or one cannot be read.
     """
-    digest = hashlib.sha256()
-    for library in sorted(library_folder().glob(pattern)):
-        digest.update(library.name.encode() + library.read_bytes())
-    return digest.hexdigest()
+    return sha256_of_json([(library.name, sha256(library)) for library in sorted(library_folder().glob(pattern))])
 
 
 def run_tool(

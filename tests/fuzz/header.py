@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from tritcore.errors import TritError
 from tritcore.gguf_header import parts_of, raw_value, read_header
+from tritrun.memory import check_memory, kv_cache_bytes, share_of_layers
 
 _NAME = "fuzz.gguf"
 _LONGEST = 1000  # characters of an error
@@ -37,9 +38,9 @@ def check(data: bytes) -> bool:
     assert model.bits_per_weight >= 0
     assert model.trained_context >= 0
     assert model.vocabulary_size >= 0
-    assert model.kv_cache_bytes(4096) >= 0
-    assert 0 <= model.share_of_layers(3) <= 1
-    model.check_memory(4096, None)
+    assert kv_cache_bytes(model, 4096) >= 0
+    assert 0 <= share_of_layers(model, 3) <= 1
+    check_memory(model, 4096, None)
     with suppress(TritError):  # a part, but there are no files beside it
         assert parts_of(model) == (model,)
     for field in model.fields.values():

@@ -1,7 +1,5 @@
 """What the results in the cache depend on: two that could differ never have the same key."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -10,28 +8,22 @@ from pathlib import Path
 
 import torch
 
+import tritcore
 from tritcore import ggml
+from tritcore.files import sha256, sha256_of_all, sha256_of_bytes, sha256_of_json
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "gguf")
-_PIECE = 1 << 20  # bytes read at a time
 
 
 def digest_of_files(files: Iterable[Path]) -> str:
-    """SHA-256, in hex, of the contents of files."""
-    total = hashlib.sha256()
-    for path in sorted(files):
-        one = hashlib.sha256()
-        with path.open("rb") as file:
-            while part := file.read(_PIECE):
-                one.update(part)
-        total.update(one.digest())
-    return total.hexdigest()
+    """SHA-256, in hex, of the contents of files, sorted by path. Raises TritError if one cannot be read."""
+    return sha256_of_all(sorted(files))
 
 
 def digest_of_tokens(tokens: torch.Tensor) -> str:
     """SHA-256, in hex, of token ids on the CPU: of their type and shape too."""
     about = f"{tokens.dtype} {tuple(tokens.shape)} "
-    return hashlib.sha256(about.encode() + tokens.contiguous().numpy().tobytes()).hexdigest()
+    return sha256_of_bytes(about.encode(), tokens.contiguous().numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Machinery:
         threads: of torch: sums are split between them.
         libraries: versions, by name.
         encoder: a digest of the encoders in C.
-        sources: a digest of tritconv's own code, all of it: it has no version that changes with each method.
+        sources: a digest of the code of tritconv and tritcore: they have no version that changes with each method.
     """
 
     precision: str
@@ -71,11 +63,10 @@ class Machinery:
 
 @cache
 def digest_of_sources() -> str:
-    """SHA-256, in hex, of tritconv's own code."""
-    root = Path(__file__).parent.parent
-    sources = sorted(root.rglob("*.py"))
-    names = "\n".join(str(path.relative_to(root)) for path in sources)
-    return hashlib.sha256(f"{names} {digest_of_files(sources)}".encode()).hexdigest()
+    """SHA-256, in hex, of the names and contents of the sources of tritconv and tritcore."""
+    packages = [Path(__file__).parent.parent, Path(tritcore.__file__).parent]
+    sources = {path: path.relative_to(package.parent) for package in packages for path in package.rglob("*.py")}
+    return sha256_of_json([(str(sources[path]), sha256(path)) for path in sorted(sources, key=sources.__getitem__)])
 
 
 @dataclass(frozen=True)
@@ -104,5 +95,4 @@ class Inputs:
 
     def key(self) -> str:
         """24 hexadecimal digits."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return sha256_of_json(asdict(self))[:24]

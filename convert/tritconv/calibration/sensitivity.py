@@ -6,7 +6,6 @@ matrix costs (g . dW x)^2 / 2. The errors of different rows have nothing to do w
 row by row, which needs less text.
 """
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from tritconv.calibration.rows import Place, RowMap
 from tritconv.calibration.store import LayerStore
 from tritcore import encoder, ggml
 from tritcore.errors import RangeError
+from tritcore.files import sha256_of_bytes
 from tritcore.format import BLOCK_SIZE
 from tritcore.gguf_types import DEPTH_OF_TYPE
 
@@ -40,7 +40,7 @@ def origins(tensors: Mapping[str, RowMap]) -> tuple[tuple[str, str], ...]:
 
 def _digest(rows: RowMap) -> str:
     places = repr([(number, str(matrix)) for number, matrix in rows.places])
-    return hashlib.sha256(places.encode() + rows.place.tobytes() + rows.row.tobytes()).hexdigest()
+    return sha256_of_bytes(places.encode(), rows.place.tobytes(), rows.row.tobytes())
 
 
 def measure(

@@ -1,0 +1,64 @@
+"""The memory that a model needs: weights and key-value cache, less what a GPU holds."""
+
+from rich.filesize import decimal as human_size
+
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile
+
+_BYTES = 2  # of a key or a value: float16
+
+
+def kv_cache_bytes(model: ModelFile, n_ctx: int) -> int:
+    """Estimate of the float16 key-value cache for `n_ctx` tokens, in bytes.
+
+    It is an upper bound for models with sliding windows, and 0 where the metadata lack the sizes.
+    """
+    first_heads, heads = _heads(model, "attention.head_count")
+    width = model.hyperparameter("embedding_length") // first_heads if first_heads else 0
+    keys = model.hyperparameter("attention.key_length") or width
+    values = model.hyperparameter("attention.value_length") or width
+    _, kv_heads = _heads(model, "attention.head_count_kv")
+    return _BYTES * n_ctx * (kv_heads or heads) * (keys + values)
+
+
+def share_of_layers(model: ModelFile, gpu_layers: int) -> float:
+    """Share of the layers, 0..1, that `--gpu-layers` moves to a GPU; a negative number moves all.
+
+    The output counts as one layer.
+    """
+    layers = model.hyperparameter("block_count") + 1
+    return min(gpu_layers / layers, 1.0) if gpu_layers >= 0 else 1.0
+
+
+def check_memory(model: ModelFile, n_ctx: int, available: int | None, on_gpu: float = 0.0) -> None:
+    """Check that a model fits into memory.
+
+    Args:
+        n_ctx: context length in tokens.
+        available: bytes of memory. None stands for an unknown number: every model passes.
+        on_gpu: share of the layers that a GPU holds, 0..1.
+
+    Raises:
+        TritError: weights and key-value cache need more than `available`.
+    """
+    weights = int(model.size * (1 - on_gpu))
+    cache = int(kv_cache_bytes(model, n_ctx) * (1 - on_gpu))
+    if available is not None and weights + cache > available:
+        raise TritError(
+            f"{model.path} does not fit into memory: it needs {human_size(weights)} for weights and about "
+            f"{human_size(cache)} for a context of {n_ctx} tokens, {human_size(available)} are free; "
+            "take a smaller --ctx or a smaller model"
+        )
+
+
+def _heads(model: ModelFile, key: str) -> tuple[int, int]:
+    """Attention heads: of the first layer that has any, and of all layers together.
+
+    The metadata have one number for all layers, or a list with a number for each.
+    """
+    value = model.metadata.get(model.key_of_architecture(key))
+    if isinstance(value, tuple):
+        heads = [n for n in value if isinstance(n, int) and n > 0]
+        return (heads[0] if heads else 0), sum(heads)
+    heads_of_each = model.hyperparameter(key)
+    return heads_of_each, heads_of_each * model.hyperparameter("block_count")
