@@ -133,8 +133,8 @@ def make_models(folder: Path, tree: Path, layers: int, options: argparse.Namespa
 
 
 def perplexity(options: argparse.Namespace, model: Path, device: str) -> float:
-    """Of a text that any model can read, since only two devices are compared."""
-    text = ROOT / "docs/format.md"
+    """Measure a model's perplexity on a text that any model can read: only two devices are compared."""
+    text = ROOT / "docs/reference/format.md"
     arguments = ("-m", model, "-f", text, "-c", 512, "--chunks", 2, "-dev", device, "-ngl", 99)
     printed = _program(options, "llama-perplexity", *arguments)
     found = re.search(r"Final estimate: PPL = ([\d.]+)", printed)

@@ -1,4 +1,4 @@
-"""The constants and the worked examples of docs/format.md."""
+"""The constants and the worked examples of docs/reference/format.md."""
 
 import re
 from decimal import Decimal, getcontext
@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from tritcore.codec import Blocks, pack, unpack, validate
 from tritcore.format import BYTES_PER_BLOCK, DEPTHS, N_ANCHORS, N_SCALES, RATIO, anchor
 
-FORMAT = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+FORMAT = (Path(__file__).parent.parent / "docs" / "reference" / "format.md").read_text(encoding="utf-8")
 
 
 def _exact_anchor(depth: int, n: int) -> Decimal:

@@ -23,7 +23,7 @@ from tritcore.gguf_types import TRIT_TYPE
 
 pytestmark = pytest.mark.build
 
-USUAL_LOSS = {1: 0.166, 2: 0.0195, 3: 0.0022, 4: 0.00025}  # as docs/format.md has it
+USUAL_LOSS = {1: 0.166, 2: 0.0195, 3: 0.0022, 4: 0.00025}  # as docs/reference/format.md has it
 ALIKE = np.ones(64, np.float32)
 
 
@@ -97,7 +97,7 @@ def test_no_importance_makes_a_block_refused(importance: float, size: float, dep
 
 
 def _excess(w: np.ndarray, depth: int) -> float:
-    """The rule of docs/format.md: excess over u_d * S, of float32 (blocks, 64)."""
+    """The rule of docs/reference/format.md: excess over u_d * S, of float32 (blocks, 64)."""
     exact = w.astype(np.float64)
     energy = (exact**2).sum(axis=1)
     largest = np.abs(w).max(axis=1)

@@ -1,6 +1,6 @@
 """TRIT blocks: from codes and scale indexes to words and back, and to weights.
 
-The twin of ggml-trit.c in the patch; the two agree bit for bit. docs/format.md describes the layout.
+The twin of ggml-trit.c in the patch; the two agree bit for bit. docs/reference/format.md describes the layout.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The constants of the TRIT tensor types. docs/format.md is the normative text; names follow it."""
+"""The constants of the TRIT tensor types. docs/reference/format.md is the normative text; names follow it."""
 
 import numpy as np
 

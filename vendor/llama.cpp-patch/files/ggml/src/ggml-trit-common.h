@@ -1,7 +1,7 @@
 #ifndef GGML_TRIT_COMMON
 #define GGML_TRIT_COMMON
 
-// The constants of TRIT1..TRIT4, for C, CUDA and Metal; docs/format.md defines them. They are macros because each language
+// The constants of TRIT1..TRIT4, for C, CUDA and Metal; docs/reference/format.md defines them. They are macros because each language
 // keeps tables in an address space of its own. ggml-common.h has to be included first: it has the blocks.
 
 #define QG_TRIT 16                  // weights in a group, they share a scale
