@@ -12,7 +12,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.table import Table
 
 from tritconv.encode import n_bytes
-from tritconv.plan import Kind, SourceTensor, TypePlan, fits
+from tritconv.plan import Plan, fits
+from tritconv.sources.source import Kind, SourceTensor
 from tritcore.errors import TritError, UsageError
 from tritcore.gguf_types import TRIT_TYPE
 
@@ -147,7 +148,7 @@ def _role(name: str) -> str:
     return _NUMBER.sub("", name).removeprefix("blk.").removesuffix(".weight")
 
 
-def check(tensors: Sequence[SourceTensor], plan: TypePlan, budget: Budget) -> None:
+def check(tensors: Sequence[SourceTensor], plan: Plan, budget: Budget) -> None:
     """See whether a size can be had at all, by the shapes of the tensors alone. Raises UsageError."""
     matrices = _matrices(tensors)
     if not matrices:
@@ -167,7 +168,7 @@ def _matrices(tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
     return [tensor for tensor in tensors if tensor.kind is Kind.MATRIX and tensor.kept_type is None]
 
 
-def allocate(tensors: Sequence[SourceTensor], losses: Losses, plan: TypePlan, budget: Budget) -> Allocation:
+def allocate(tensors: Sequence[SourceTensor], losses: Losses, plan: Plan, budget: Budget) -> Allocation:
     """Choose types for the matrices of the layers.
 
     Every tensor starts with its smallest type. Then whatever lowers the loss most for a byte is taken, as long as there

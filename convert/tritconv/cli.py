@@ -1,15 +1,20 @@
 """The `tritconv` command line."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import Enum
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from gguf import GGMLQuantizationType
 
 from tritconv import __version__
-from tritconv.plan import TypePlan, TypeRule
+from tritconv.plan import Plan, TypeRule
+from tritconv.workers import all_cores
 from tritcore import cache, sizes
 from tritcore.commands import examples, new_app
 from tritcore.console import out, warning
@@ -19,9 +24,10 @@ from tritcore.gguf_types import TRIT_TYPE
 
 if TYPE_CHECKING:
     from tritconv.allocate import Budget
-    from tritconv.calibrate import CalibrationOptions
+    from tritconv.calibration.context import CalibrationOptions
     from tritconv.convert import Job
     from tritconv.methods import Quantizer
+    from tritconv.methods.tune import TuneOptions
 
 app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", lambda: __version__)
 
@@ -52,108 +58,151 @@ class Method(str, Enum):
     TUNE = "tune"
 
 
-Depth = Annotated[
-    int | None,
-    typer.Option(
-        "--depth",
-        "-d",
-        metavar="D",
-        help="Trits per weight, 1 to 4: 2.00, 3.50, 5.25, 6.75 bits with the scales.",
-        show_default=False,
-    ),
-]
-BitsPerWeight = Annotated[
-    float | None,
-    typer.Option(
-        "--bpw",
-        metavar="X",
-        help="Instead of --depth: bits per weight of the layers. Each matrix gets the depth that costs least. Needs "
-        "--calibrate.",
-        show_default=False,
-    ),
-]
-TargetSize = Annotated[
-    str | None,
-    typer.Option(
-        "--target-size",
-        metavar="SIZE",
-        help="As --bpw, for the size of the file, such as 120MB or 1.5GiB.",
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="The file to write.", show_default="<model>-TRIT<D>.gguf"),
-]
-EmbedType = Annotated[StorageType, typer.Option("--embed-type", help="Type of the token embeddings.")]
-OutputType = Annotated[
-    StorageType | None,
-    typer.Option("--output-type", help="Type of the output matrix (lm_head).", show_default="as --embed-type"),
-]
-FallbackType = Annotated[
-    StorageType, typer.Option("--fallback-type", help="Type of matrices that a TRIT type cannot hold.")
-]
-MethodOption = Annotated[
-    Method | None,
-    typer.Option(
-        "--method",
-        help="How codes and scales are chosen: docs/quality.md compares the methods.",
-        show_default="gptq with --calibrate, imatrix with --imatrix, else search",
-    ),
-]
-ImatrixOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--imatrix", metavar="FILE", help="Importances by llama-imatrix, to weight the search.", show_default=False
-    ),
-]
-Calibrate = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--calibrate",
-        metavar="FILE",
-        help="Text to calibrate on, or JSON with texts or conversations; a file or a pipe. Repeatable.",
-        show_default=False,
-    ),
-]
-CalibTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--calib-tokens",
-        min=256,
-        metavar="N",
-        help="Tokens to calibrate on, at most.",
-        show_default="65536; with --method tune 262144",
-    ),
-]
-CalibOwn = Annotated[
-    int,
-    typer.Option(
-        "--calib-own",
-        min=0,
-        metavar="N",
-        help="Tokens to calibrate on besides, which the model writes itself, going on from the text.",
-    ),
-]
-CalibSeq = Annotated[int, typer.Option("--calib-seq", min=16, metavar="N", help="Tokens of a calibration sequence.")]
-Epochs = Annotated[int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the text, with --method tune.")]
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Which parts of the text are taken.")
-]
-TensorDepths = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tensor-depth",
-        metavar="REGEX=D",
-        help="Another depth, or a type such as q8_0, for the matrices whose GGUF name has a match. Repeatable; "
-        "later ones win.",
-        show_default=False,
-    ),
-]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="all cores")
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """The options that both conversions have."""
+
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth",
+            "-d",
+            metavar="D",
+            help="Trits per weight, 1 to 4: 2.00, 3.50, 5.25, 6.75 bits with the scales.",
+            show_default=False,
+        ),
+    ] = None
+    bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--bpw",
+            metavar="X",
+            help="Instead of --depth: bits per weight of the layers. Each matrix gets the depth that costs least. "
+            "Needs --calibrate.",
+            show_default=False,
+        ),
+    ] = None
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="SIZE",
+            help="As --bpw, for the size of the file, such as 120MB or 1.5GiB.",
+            show_default=False,
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write.", show_default="<model>-TRIT<D>.gguf"),
+    ] = None
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            "--method",
+            help="How codes and scales are chosen: docs/guide/methods.md compares the methods.",
+            show_default="gptq with --calibrate, imatrix with --imatrix, else search",
+        ),
+    ] = None
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix", metavar="FILE", help="Importances by llama-imatrix, to weight the search.", show_default=False
+        ),
+    ] = None
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="Text to calibrate on, or JSON with texts or conversations; a file or a pipe. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    calib_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--calib-tokens",
+            min=256,
+            metavar="N",
+            help="Tokens to calibrate on, at most.",
+            show_default="65536; with --method tune 262144",
+        ),
+    ] = None
+    calib_own: Annotated[
+        int,
+        typer.Option(
+            "--calib-own",
+            min=0,
+            metavar="N",
+            help="Tokens to calibrate on besides, which the model writes itself, going on from the text.",
+        ),
+    ] = 0
+    calib_seq: Annotated[
+        int, typer.Option("--calib-seq", min=16, metavar="N", help="Tokens of a calibration sequence.")
+    ] = 512
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the text, with --method tune.")
+    ] = 2
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**32 - 1, metavar="N", help="Which parts of the text are taken.")
+    ] = 0
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory for the hidden states of a calibration, such as 4GB; what takes more is in a file.",
+            show_default="half of what is free",
+        ),
+    ] = None
+    tensor_depth: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-depth",
+            metavar="REGEX=D",
+            help="Another depth, or a type such as q8_0, for the matrices whose GGUF name has a match. Repeatable; "
+            "later ones win.",
+            show_default=False,
+        ),
+    ] = None
+    embed_type: Annotated[StorageType, typer.Option("--embed-type", help="Type of the token embeddings.")] = (
+        StorageType.Q8_0
+    )
+    output_type: Annotated[
+        StorageType | None,
+        typer.Option("--output-type", help="Type of the output matrix (lm_head).", show_default="as --embed-type"),
+    ] = None
+    fallback_type: Annotated[
+        StorageType, typer.Option("--fallback-type", help="Type of matrices that a TRIT type cannot hold.")
+    ] = StorageType.Q8_0
+    threads: Threads = None
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")] = False
+
+
+def conversion(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command have the options of `ConversionOptions`, after its own argument; it gets them as `options`."""
+    hints = get_type_hints(ConversionOptions, include_extras=True)
+    shared = [
+        Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name])
+        for one in fields(ConversionOptions)
+    ]
+    own = signature(command, eval_str=True).parameters.values()
+    argument, *others = (one.replace(kind=Parameter.KEYWORD_ONLY) for one in own if one.name != "options")
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = ConversionOptions(**{one.name: given.pop(one.name) for one in shared})
+        command(**given, options=options)
+
+    parameters = [argument, *shared, *others]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
 
 
 @app.command(
@@ -164,24 +213,10 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output f
         "tritconv hf-to-gguf ./my-checkpoint --depth 3 --embed-type f16 -o my-model.gguf",
     ),
 )
+@conversion
 def hf_to_gguf(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, or a hub id.", show_default=False)],
-    depth: Depth = None,
-    bpw: BitsPerWeight = None,
-    target_size: TargetSize = None,
-    output: Output = None,
-    method: MethodOption = None,
-    imatrix: ImatrixOption = None,
-    calibrate: Calibrate = None,
-    calib_tokens: CalibTokens = None,
-    calib_own: CalibOwn = 0,
-    calib_seq: CalibSeq = 512,
-    epochs: Epochs = 2,
-    seed: Seed = 0,
-    tensor_depth: TensorDepths = None,
-    embed_type: EmbedType = StorageType.Q8_0,
-    output_type: OutputType = None,
-    fallback_type: FallbackType = StorageType.Q8_0,
+    options: ConversionOptions,
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit on the hub.")
     ] = None,
@@ -192,18 +227,12 @@ def hf_to_gguf(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
     ] = False,
-    threads: Threads = None,
-    force: Force = False,
 ) -> None:
     """Convert a Hugging Face checkpoint: a local folder, or a model on the hub."""
     from tritconv import convert, report
     from tritconv.sources import foreign_code
 
-    size = _size(depth, bpw, target_size, tensor_depth)
-    plan = _plan(depth, embed_type, output_type, fallback_type)
-    method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size, threads)
-    job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
+    job = _job(options)
     if trust_remote_code:
         warning(f"--trust-remote-code: Python code that comes with {source} may do all that you may do")
     with foreign_code.trusted(trust_remote_code):
@@ -212,36 +241,15 @@ def hf_to_gguf(
 
 
 @app.command("gguf-to-gguf", epilog=examples("tritconv gguf-to-gguf model-F16.gguf --depth 2"))
+@conversion
 def gguf_to_gguf(
     source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A GGUF file of any type.", show_default=False)],
-    depth: Depth = None,
-    bpw: BitsPerWeight = None,
-    target_size: TargetSize = None,
-    output: Output = None,
-    method: MethodOption = None,
-    imatrix: ImatrixOption = None,
-    calibrate: Calibrate = None,
-    calib_tokens: CalibTokens = None,
-    calib_own: CalibOwn = 0,
-    calib_seq: CalibSeq = 512,
-    epochs: Epochs = 2,
-    seed: Seed = 0,
-    tensor_depth: TensorDepths = None,
-    embed_type: EmbedType = StorageType.Q8_0,
-    output_type: OutputType = None,
-    fallback_type: FallbackType = StorageType.Q8_0,
-    threads: Threads = None,
-    force: Force = False,
+    options: ConversionOptions,
 ) -> None:
     """Encode a GGUF file again. The fewer bits the input has, the more its own error shows."""
     from tritconv import convert, report
 
-    size = _size(depth, bpw, target_size, tensor_depth)
-    plan = _plan(depth, embed_type, output_type, fallback_type)
-    method = _method(method, imatrix, calibrate)
-    calibration = _calibration(method, calibrate, calib_tokens, calib_own, calib_seq, epochs, seed, size, threads)
-    job = _job(plan, output, force, threads, _quantizer(method, imatrix), tensor_depth, calibration)
-    out.print(report.conversion_report(convert.gguf_to_gguf(source, job)))
+    out.print(report.conversion_report(convert.gguf_to_gguf(source, _job(options))))
 
 
 @app.command(
@@ -297,30 +305,47 @@ def verify(
     Prints a line for each finding, and exits with 1 if there is one. Any part of a split file stands for all.
     """
     from tritconv import verify as verification
-    from tritconv.workers import all_cores
 
     if not verification.verify(paths, threads or all_cores()):
         raise typer.Exit(1)
 
 
-def _size(
-    depth: int | None, bpw: float | None, target_size: str | None, tensor_depths: list[str] | None
-) -> "Budget | None":
+def _job(options: ConversionOptions) -> "Job":
+    """What the options ask for. Raises UsageError where they make no sense, whatever the model."""
+    from tritconv.convert import Job
+
+    budget = _budget(options)
+    plan = _plan(options)
+    method = _method(options)
+    calibration = _calibration(options, method, budget)
+    return Job(
+        plan,
+        options.output,
+        options.force,
+        options.threads or all_cores(),
+        _quantizer(method, options.imatrix),
+        tuple(_rule(text) for text in options.tensor_depth or ()),
+        calibration,
+        _training(options, method),
+        budget,
+    )
+
+
+def _budget(options: ConversionOptions) -> "Budget | None":
     """The size to reach by mixed depth; None where --depth says it all."""
     from tritconv.allocate import BitsPerWeight, FileSize, bits_range
 
+    depth, bpw, target_size = options.depth, options.bpw, options.target_size
     if sum(option is not None for option in (depth, bpw, target_size)) != 1:
         raise typer.BadParameter("give one of --depth, --bpw and --target-size")
     if bpw is not None:
-        least, most = bits_range(any_type=bool(tensor_depths))
+        least, most = bits_range(any_type=bool(options.tensor_depth))
         if not least <= bpw <= most:  # nor is NaN
             raise UsageError(f"--bpw {bpw:g} is out of range: {least:.2f} to {most:.2f} bits per weight can be had")
         return BitsPerWeight(bpw)
     if target_size is None:
         return None
-    size = sizes.parse(target_size)
-    if size is None:
-        raise UsageError(f"--target-size {target_size} is no size: write 120MB or 1.5GiB")
+    size = _parsed("--target-size", target_size)
     if size < _LEAST_SIZE:
         raise UsageError(f"--target-size {target_size} is {size} bytes, too few for a model: write 120MB or 1.5GiB")
     return FileSize(size)
@@ -329,17 +354,17 @@ def _size(
 _START_DEPTH = 2  # where --bpw or --target-size takes the place of --depth: of matrices that no text reached
 
 
-def _plan(
-    depth: int | None, embed_type: StorageType, output_type: StorageType | None, fallback_type: StorageType
-) -> TypePlan:
-    depth = _START_DEPTH if depth is None else depth
+def _plan(options: ConversionOptions) -> Plan:
+    depth = _START_DEPTH if options.depth is None else options.depth
     if depth not in DEPTHS:
         raise UsageError(f"--depth {depth} is out of range: choose {min(DEPTHS)} to {max(DEPTHS)}")
-    return TypePlan(depth, embed_type.qtype, (output_type or embed_type).qtype, fallback_type.qtype)
+    output = options.output_type or options.embed_type
+    return Plan(depth, options.embed_type.qtype, output.qtype, options.fallback_type.qtype)
 
 
-def _method(method: Method | None, imatrix: Path | None, calibrate: list[Path] | None) -> Method:
+def _method(options: ConversionOptions) -> Method:
     """The method wanted, or the one that goes with what is given."""
+    method, imatrix, calibrate = options.method, options.imatrix, options.calibrate
     if imatrix and calibrate:
         raise UsageError("--imatrix and --calibrate are two ways to know what matters: leave one of them out")
     if method is None:
@@ -368,55 +393,46 @@ def _quantizer(method: Method, imatrix: Path | None) -> "Quantizer":
 _CALIB_TOKENS = {Method.GPTQ: 65536, Method.TUNE: 262144}
 
 
-def _calibration(
-    method: Method,
-    files: list[Path] | None,
-    n_tokens: int | None,
-    own_tokens: int,
-    length: int,
-    epochs: int,
-    seed: int,
-    size: "Budget | None",
-    threads: int | None,
-) -> "CalibrationOptions | None":
+def _calibration(options: ConversionOptions, method: Method, budget: "Budget | None") -> "CalibrationOptions | None":
     if method not in (Method.GPTQ, Method.TUNE):
-        if size is not None:
+        if budget is not None:
             raise UsageError("--bpw and --target-size need a text to know what matters: add --calibrate FILE")
+        if options.memory is not None:
+            raise UsageError("--memory is for calibrations: leave it out, or add --calibrate FILE")
         return None
-    if not files:
+    if not options.calibrate:
         raise UsageError(f"--method {method.value} needs a text: add --calibrate FILE")
-    from tritconv.calibrate import CalibrationOptions
     from tritconv.calibration import documents
+    from tritconv.calibration.context import CalibrationOptions
     from tritconv.calibration.text import TextOptions
-    from tritconv.methods.tune import TuneOptions
 
-    training = TuneOptions(epochs, seed=seed) if method is Method.TUNE else None
-    n_tokens = n_tokens or _CALIB_TOKENS[method]
+    n_tokens, length = options.calib_tokens or _CALIB_TOKENS[method], options.calib_seq
     if n_tokens < length:
         raise UsageError(
             f"--calib-tokens {n_tokens} is less than one sequence of {length} tokens: raise it, or lower --calib-seq"
         )
-    documents.check(files)
+    memory = None if options.memory is None else _parsed("--memory", options.memory)
+    documents.check(options.calibrate)
     cache.check()
-    text = TextOptions(documents.read(files, n_tokens), tuple(map(documents.name_of, files)), n_tokens, length, seed)
-    return CalibrationOptions(text, own_tokens, training, size, threads)
+    names = tuple(map(documents.name_of, options.calibrate))
+    text = TextOptions(documents.read(options.calibrate, n_tokens), names, n_tokens, length, options.seed)
+    return CalibrationOptions(text, options.calib_own, method is Method.TUNE, memory)
 
 
-def _job(
-    plan: TypePlan,
-    output: Path | None,
-    force: bool,
-    threads: int | None,
-    quantizer: "Quantizer",
-    tensor_depths: list[str] | None,
-    calibration: "CalibrationOptions | None",
-) -> "Job":
-    from tritconv.convert import Job
-    from tritconv.workers import all_cores
+def _training(options: ConversionOptions, method: Method) -> "TuneOptions | None":
+    if method is not Method.TUNE:
+        return None
+    from tritconv.methods.tune import TuneOptions
 
-    rules = tuple(_rule(text) for text in tensor_depths or ())
-    label = calibration.budget.label if calibration and calibration.budget else None
-    return Job(plan, output, force, threads or all_cores(), quantizer, rules, calibration, label)
+    return TuneOptions(options.epochs, seed=options.seed)
+
+
+def _parsed(option: str, text: str) -> int:
+    """Bytes."""
+    size = sizes.parse(text)
+    if size is None:
+        raise UsageError(f"{option} {text} is no size: write 120MB or 1.5GiB")
+    return size
 
 
 def _rule(text: str) -> TypeRule:

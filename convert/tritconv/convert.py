@@ -1,32 +1,38 @@
-"""The conversion: a source, a plan, a file, a report."""
+"""The conversion, on one page: a source, a plan, a method, a file."""
 
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUFValueType, LlamaFileType
 
 import tritconv
-from tritconv.allocate import FileSize, check
-from tritconv.calibrate import CalibrationOptions, Origin, calibrate
+from tritconv.allocate import Budget, FileSize, allocate, check
 from tritconv.encode import n_bytes
-from tritconv.lattice import LatticeImport
-from tritconv.methods import Quantizer
+from tritconv.methods import Method, Quantizer
+from tritconv.methods.per_tensor import PerTensor
 from tritconv.methods.search import Search
-from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule
+from tritconv.plan import Plan, TypeRule
 from tritconv.sources.checkpoint import find_checkpoint
 from tritconv.sources.gguf import open_gguf
-from tritconv.sources.mapped import open_checkpoint
-from tritconv.workers import all_cores
-from tritconv.writer import Written, header_bytes, write, write_outline
+from tritconv.sources.source import Kind, Source, Value
+from tritconv.workers import Workers, all_cores
+from tritconv.writer import Header, Written, file_bytes, write, write_outline
 from tritcore import loads
-from tritcore.console import byte_bar, err, one_line, quiet
+from tritcore.console import byte_bar, err, one_line
 from tritcore.errors import TritError
 from tritcore.format import FORMAT_VERSION
 from tritcore.gguf_header import name_of_model, read_model_file
+from tritcore.gguf_types import TRIT_TYPE
 from tritcore.output import Output, reserve
+
+if TYPE_CHECKING:
+    from tritconv.calibration.context import CalibrationOptions
+    from tritconv.methods.tune import TuneOptions
 
 # How file names end that say their type: model-F16, model.Q4_K_M
 _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORECASE)
@@ -34,24 +40,32 @@ _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORE
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for. `output_path` None stands for `<model>-TRIT<depth>.gguf` in the current folder.
+    """What the user asked for.
 
-    `rules` are for single tensors, on top of `plan`. A `calibration` makes a quantizer of its own. `label` takes the
-    place of the type in the name of the file.
+    Attributes:
+        plan: types by kind of tensor.
+        output_path: None stands for `<model>-TRIT<depth>.gguf` in the current folder.
+        quantizer: makes blocks, where nothing is calibrated.
+        rules: for single tensors, on top of `plan`.
+        calibration: the text and how to use it; gptq then makes the blocks.
+        training: of the layers after gptq; None leaves it at that.
+        budget: a size to reach by mixed depth; None leaves the types as planned.
     """
 
-    plan: TypePlan
+    plan: Plan
     output_path: Path | None = None
     force: bool = False
     threads: int = field(default_factory=all_cores)
     quantizer: Quantizer = field(default_factory=Search)
     rules: tuple[TypeRule, ...] = ()
-    calibration: CalibrationOptions | None = None
-    label: str | None = None
+    calibration: "CalibrationOptions | None" = None
+    training: "TuneOptions | None" = None
+    budget: Budget | None = None
 
     def output(self, model: str) -> AbstractContextManager[Output]:
         """The file to write, for a model of that name. Entering raises TritError, as `reserve` has it."""
-        return reserve(self.output_path or Path(f"{model}-{self.label or f'TRIT{self.plan.depth}'}.gguf"), self.force)
+        label = self.budget.label if self.budget is not None else f"TRIT{self.plan.depth}"
+        return reserve(self.output_path or Path(f"{model}-{label}.gguf"), self.force)
 
 
 def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = None) -> Written:
@@ -62,15 +76,15 @@ def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = No
     with job.output(model) as output:
         folder = find_checkpoint(source, revision)
         from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
+        with _status("mapping the checkpoint"):
+            import torch  # takes seconds to load
 
-        def read() -> _Source:
-            with err.status("mapping the checkpoint") if err.is_terminal else nullcontext():
-                checkpoint = open_checkpoint(folder, job.plan.depth, model if from_hub else None, pre)
-            if from_hub:
-                checkpoint.header.add_string("trit.revision", folder.name)
-            return checkpoint.header, checkpoint.tensors
+            from tritconv.sources.mapped import open_checkpoint
 
-        return _convert(read, Origin(folder), source if from_hub else model, output, job)
+            torch.set_num_threads(job.threads)
+            checkpoint = open_checkpoint(folder, name=model if from_hub else None, pre=pre)
+        name, commit = (source, folder.name) if from_hub else (model, None)
+        return _convert(replace(checkpoint, name=name, revision=commit), output, job)
 
 
 def gguf_to_gguf(source: Path, job: Job) -> Written:
@@ -79,77 +93,143 @@ def gguf_to_gguf(source: Path, job: Job) -> Written:
     with job.output(_TYPE_SUFFIX.sub("", name_of_model(source))) as output:
         if output.target.exists() and output.target.samefile(source):
             raise TritError(f"{output.target} is the source itself: name another file with -o")
-        return _convert(lambda: open_gguf(source), Origin(source.parent, source.name), source.name, output, job)
+        return _convert(open_gguf(source), output, job)
 
 
-_Source = tuple[GGUFWriter, list[SourceTensor]]
+def _convert(source: Source, output: Output, job: Job) -> Written:
+    start = time.monotonic()
+    plan = job.plan.with_rules(job.rules, source.tensors)
+    budget = None if job.budget is None else _checked(job.budget, source, plan)
+    _check_outline(source, plan, output)
+    with Workers(job.threads) as workers, _Bar() as bar:
+        description: Sequence[str] = ()
+        if job.calibration is None:
+            with _status("looking for lattices of trits"):
+                plan = plan.with_lattices(source.tensors)
+            method: Method = PerTensor(job.quantizer)
+        else:
+            plan, method, description = _calibrated(source, plan, budget, job, bar)
+        metadata = {**source.metadata, **_own_metadata(source, plan, method, description)}
+        header = Header(source.architecture, metadata, source.tensors, method.methods)
+        bar.start(source, plan)
+        stored = write(header, plan, method.run(source, plan, workers), output, workers, bar.advance)
+    size = output.target.stat().st_size
+    return Written(output.target, size, time.monotonic() - start, stored, method.remarks())
 
 
-def _convert(read: Callable[[], _Source], origin: Origin, name: str, output: Output, job: Job) -> Written:
-    header, tensors = read()
-    plan = job.plan.with_rules(job.rules, tensors)
-    options = job.calibration
-    if options is not None and isinstance(options.budget, FileSize):
-        rest = header_bytes(header, tensors, plan) + sum(
-            options.budget.size(tensor, plan.type_of(tensor)) for tensor in tensors if tensor.kind is not Kind.MATRIX
-        )
-        options = replace(options, budget=replace(options.budget, rest=rest))
-    if options is not None and options.budget is not None:
-        check(tensors, plan, options.budget)
-    _check_outline(header, tensors, plan, name, output)
-    if options is None:
-        return _write(header, tensors, plan, LatticeImport(job.quantizer), name, output, job)
-    calibration = calibrate(origin, header.arch, tensors, plan, options)
-    with quiet():  # the first reading has said all
-        header, tensors = read()  # tensors are loaded once, and the calibration has done that
-    header.add_array("trit.calibration", calibration.description)
-    if calibration.quantizer.exceptions:
-        header.add_array("trit.method.exceptions", calibration.quantizer.exceptions)
-    return _write(header, calibration.with_norms(tensors), calibration.plan, calibration.quantizer, name, output, job)
+def _calibrated(
+    source: Source, plan: Plan, budget: Budget | None, job: Job, bar: "_Bar"
+) -> tuple[Plan, Method, Sequence[str]]:
+    """The plan with types for the size wanted, the method, and a description of the calibration."""
+    import torch  # takes seconds to load, as does all that uses it
+
+    from tritconv.calibration import context as calibration
+    from tritconv.methods.gptq import Gptq
+    from tritconv.methods.tune import Tune
+
+    assert job.calibration is not None
+    torch.set_num_threads(job.threads)
+    context = calibration.prepare(source, plan, job.calibration)
+    if budget is not None:
+        losses = calibration.sensitivities(context)
+        allocation = allocate(source.tensors, losses, plan, budget)
+        err.print(allocation.table())
+        plan = plan.with_types(allocation.types, source.tensors)
+    if job.training is None:
+        return plan, Gptq(context, bar.say), context.description
+    return plan, Tune(context, job.training, bar.say), context.description
 
 
-def _check_outline(
-    header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan, name: str, output: Output
-) -> None:
+def _checked(budget: Budget, source: Source, plan: Plan) -> Budget:
+    """The budget, for a file with all that the source has. Raises UsageError where it cannot be met."""
+    if isinstance(budget, FileSize):
+        matrices = [tensor for tensor in source.tensors if tensor.kind is Kind.MATRIX]
+        # the longest list of types that there can be
+        longest = plan.with_types({tensor.name: TRIT_TYPE[4] for tensor in matrices}, ())
+        header = Header(source.architecture, {**source.metadata, **_list_of_types(source, longest)}, source.tensors, ())
+        rest = file_bytes(header, plan) - sum(budget.size(tensor, plan.type_of(tensor)) for tensor in matrices)
+        budget = replace(budget, rest=rest)
+    check(source.tensors, plan, budget)
+    return budget
+
+
+def _check_outline(source: Source, plan: Plan, output: Output) -> None:
     """See, before the work, that the disk holds the file to come and llama.cpp would load it. Raises TritError."""
-    with err.status("asking llama.cpp") if err.is_terminal else nullcontext():
-        output.check_space(write_outline(header, tensors, plan, output.partial))
-        if (why := loads.refusal(output.partial)) is not None:
-            raise TritError(f"{name}: llama.cpp would not load what comes of it: {why}")
+    with _status("asking llama.cpp"):
+        metadata = {**source.metadata, **_own_metadata(source, plan, None, ())}
+        size = write_outline(Header(source.architecture, metadata, source.tensors, ()), plan, output.partial)
+        output.check_space(size)
+        why = loads.refusal(output.partial)
+    if why is not None:
+        raise TritError(f"{source.name}: llama.cpp would not load what comes of it: {why}")
 
 
-def _write(
-    header: GGUFWriter,
-    tensors: list[SourceTensor],
-    plan: TypePlan,
-    quantizer: Quantizer,
-    source: str,
-    output: Output,
-    job: Job,
-) -> Written:
-    depth = plan.depth
-    header.add_file_type(LlamaFileType[f"MOSTLY_TRIT{depth}"])
-    header.add_quantization_version(GGML_QUANT_VERSION)
-    header.add_uint32("trit.format_version", FORMAT_VERSION)
-    header.add_uint32("trit.depth", depth)
-    header.add_string("trit.method", quantizer.name)
-    header.add_uint32("trit.imported", 0)
-    header.add_string("trit.codec", f"tritconv {tritconv.__version__}")
-    header.add_string("trit.source", source)
-    if exceptions := plan.exceptions(tensors):
-        header.add_array("trit.plan", exceptions)
+def _own_metadata(source: Source, plan: Plan, method: Method | None, description: Sequence[str]) -> dict[str, Value]:
+    """What tritconv says of a file, besides what the writer does. `method` is None for an outline."""
 
-    total = sum(n_bytes(tensor.shape, plan.type_of(tensor)) for tensor in tensors)
-    with byte_bar() as progress:
-        # the bar counts bytes; the number of tensors stands in the text
-        task = progress.add_task("", total=total)
-        done = 0
+    def number(value: int) -> Value:
+        return Value(value, GGUFValueType.UINT32)
 
-        def advance(name: str, count: int) -> None:
-            nonlocal done
-            done += 1
-            if isinstance(quantizer, LatticeImport):  # the header is written again at the end
-                header.kv_data[0]["trit.imported"].value = quantizer.n_imported
-            progress.update(task, advance=count, description=f"{done}/{len(tensors)} {one_line(name)}")
+    def text(value: str) -> Value:
+        return Value(value, GGUFValueType.STRING)
 
-        return write(header, tensors, plan, output, job.threads, advance, quantizer)
+    own = {
+        "general.file_type": number(LlamaFileType[f"MOSTLY_TRIT{plan.depth}"]),
+        "general.quantization_version": number(GGML_QUANT_VERSION),
+        "trit.format_version": number(FORMAT_VERSION),
+        "trit.depth": number(plan.depth),
+        "trit.method": text("" if method is None else method.name),
+        "trit.codec": text(f"tritconv {tritconv.__version__}"),
+        "trit.source": text(source.name),
+        **_list_of_types(source, plan),
+    }
+    if source.revision is not None:
+        own["trit.revision"] = text(source.revision)
+    if description:
+        own["trit.calibration"] = _texts(description)
+    return own
+
+
+def _list_of_types(source: Source, plan: Plan) -> dict[str, Value]:
+    exceptions = plan.exceptions(source.tensors)
+    return {"trit.plan": _texts(exceptions)} if exceptions else {}
+
+
+def _texts(values: Iterable[str]) -> Value:
+    return Value(list(values), GGUFValueType.ARRAY, GGUFValueType.STRING)
+
+
+def _status(what: str) -> AbstractContextManager[object]:
+    """Shows what is done, on a terminal."""
+    return err.status(what) if err.is_terminal else nullcontext()
+
+
+class _Bar:
+    """Progress in bytes of the file, on a terminal, with a text that says what is done."""
+
+    def __init__(self) -> None:
+        self._progress = byte_bar()
+        self._task = self._progress.add_task("", total=None)
+        self._done = self._count = 0
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()
+
+    def start(self, source: Source, plan: Plan) -> None:
+        """Show it, for the tensors of a source."""
+        self._count = len(source.tensors)
+        self._progress.update(self._task, total=sum(n_bytes(t.shape, plan.type_of(t)) for t in source.tensors))
+        self._progress.start()
+
+    def say(self, what: str) -> None:
+        """Show what is done now."""
+        self._progress.update(self._task, description=one_line(what))
+
+    def advance(self, name: str, n_bytes: int) -> None:
+        """A tensor is written."""
+        self._done += 1
+        self._progress.update(self._task, advance=n_bytes)
+        self.say(f"{self._done}/{self._count} {name}")

@@ -1,24 +1,18 @@
-"""Import of weights that already lie on a lattice of trits, as in the dequantized checkpoints of the 2026 codec.
+"""Recognises weights that already lie on a lattice of trits, as in the dequantized checkpoints of the 2026 codec.
 
 In such a matrix each group of 16 weights is a scale times codes of few levels, rounded to a float type, and there are
-at most 27 scales. The codes are kept exactly; only the scales become the nearest that the TRIT types have.
+at most 27 scales.
 """
 
-from collections import Counter
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from tritconv.methods import Quantizer
-from tritconv.methods.scales import blocks_of_rows
-from tritconv.plan import SourceTensor
 from tritconv.workers import Chunk, Workers
-from tritcore.codec import pack, unpack
-from tritcore.errors import RangeError
-from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, GROUP_SIZE, N_GROUPS, N_SCALES
+from tritcore.format import CODE_MAX, DEPTHS, GROUP_SIZE, N_SCALES
 
 _SAMPLE_GROUPS = 1024
-_NEAR = 0.06  # half a step between the scales of the TRIT types
 _LEAST_NORMAL = 2.0**-14  # of float16: what is below has fewer digits
 
 
@@ -35,7 +29,7 @@ class Lattice:
 
 
 def lattice_depth(matrix: np.ndarray) -> int | None:
-    """The depth of the lattice that a matrix lies on, as far as a sample of its rows tells; None if on none.
+    """The depth of the lattice that a matrix lies on, as far as a sample of its rows tells; None if it is on none.
 
     Args:
         matrix: float16 or float32 (rows, n), n a multiple of 16.
@@ -118,6 +112,11 @@ class _Rounding:
     absolute: float
 
 
+def sample_step(shape: tuple[int, ...]) -> int:
+    """One row in so many of a matrix of `shape` is enough to recognise a lattice."""
+    return max(1, -(-math.prod(shape) // (_SAMPLE_GROUPS * GROUP_SIZE)))
+
+
 def _rounding(values: np.ndarray) -> _Rounding:
     """The rounding of the coarsest float type that holds all values, whatever type they come in."""
     values = np.ascontiguousarray(values, dtype=np.float32)
@@ -130,8 +129,7 @@ def _rounding(values: np.ndarray) -> _Rounding:
 
 
 def _sample(matrix: np.ndarray) -> np.ndarray:
-    step = -(-matrix.size // (_SAMPLE_GROUPS * GROUP_SIZE))
-    return matrix[::step]
+    return matrix[:: sample_step(matrix.shape)]
 
 
 def _magnitudes(rows: np.ndarray) -> np.ndarray:
@@ -201,115 +199,3 @@ def _with_top_codes(rows: np.ndarray, top_codes: np.ndarray) -> Lattice:
     energy = (codes * codes).sum(axis=1)
     scales = np.divide((groups * codes).sum(axis=1), energy, out=np.zeros_like(energy), where=energy > 0)
     return Lattice(codes.astype(np.int8).reshape(rows.shape), scales.astype(np.float32).reshape(len(rows), -1))
-
-
-@dataclass(frozen=True)
-class _Imported:
-    """A tensor whose codes are kept.
-
-    data: uint8 (rows, bytes per row).
-    off: how far the scales moved, relative, of all groups that are not zeros.
-    squared_error: what it is off from the tensor, summed up.
-    """
-
-    data: np.ndarray
-    off: np.ndarray
-    squared_error: float
-
-
-class LatticeImport:
-    """Keeps the codes of tensors that lie on a lattice of the depth asked for; the others go by another method.
-
-    A lattice is no end in itself: where the other method comes closer to the tensor, its blocks are taken. At depths 3
-    and 4 it mostly does, as its codes make up for scales that the types do not have.
-    """
-
-    def __init__(self, other: Quantizer) -> None:
-        self.name = other.name
-        self.n_imported = 0
-        self._other = other
-        self._other_depths: Counter[tuple[int, int]] = Counter()  # (found, asked for)
-        self._n_groups = self._n_near = 0
-        self._worst = 0.0
-
-    def quantize(self, tensor: SourceTensor, values: np.ndarray, depth: int, workers: Workers) -> np.ndarray:
-        data = self._other.quantize(tensor, values, depth, workers)
-        found = _depth_of_all(values)
-        imported = None if found is None else _import(values, found, workers)
-        if found is None or imported is None:
-            return data
-        if imported.squared_error > _squared_error(data, values, depth, workers):
-            return data
-        if found != depth:
-            at_found = self._other.quantize(tensor, values, found, workers)
-            if imported.squared_error <= _squared_error(at_found, values, found, workers):
-                self._other_depths[found, depth] += 1
-            return data
-        self.n_imported += 1
-        self._n_groups += len(imported.off)
-        self._n_near += int((imported.off < _NEAR).sum())
-        self._worst = max(self._worst, float(imported.off.max(initial=0)))
-        return imported.data
-
-    def remarks(self) -> list[str]:
-        remarks = self._other.remarks()
-        if self.n_imported:
-            remarks.append(
-                f"{self.n_imported} tensors lie on a lattice of trits: their codes are kept, and the scales are the "
-                f"nearest there are, within {_NEAR:.0%} for {self._n_near / self._n_groups:.1%} of the groups, "
-                f"{self._worst:.1%} off at worst"
-            )
-        for (found, asked), count in sorted(self._other_depths.items()):
-            remarks.append(
-                f"{count} tensors lie on a lattice of {found} trits, not {asked}: --depth {found} keeps their codes, "
-                "and comes no less close to them"
-            )
-        return remarks
-
-
-def _depth_of_all(values: np.ndarray) -> int | None:
-    """The depth of the lattices that all matrices of a tensor lie on; None if they are not alike, or on none."""
-    depths = {lattice_depth(matrix) for matrix in values.reshape(-1, *values.shape[-2:])}
-    return depths.pop() if len(depths) == 1 else None
-
-
-def _import(values: np.ndarray, depth: int, workers: Workers) -> _Imported | None:
-    """A tensor on lattices of a depth; None if some matrix is not on one, or beyond the range of the type."""
-    parts = []
-    for matrix in values.reshape(-1, *values.shape[-2:]):
-        lattice = read_lattice(matrix, depth, workers)
-        if lattice is None:
-            return None
-        try:
-            parts.append(_blocks(lattice, depth, workers))
-        except RangeError:
-            return None
-    data = np.concatenate([data for data, _ in parts])
-    off = np.concatenate([off for _, off in parts])
-    return _Imported(data, off, _squared_error(data, values, depth, workers))
-
-
-def _blocks(lattice: Lattice, depth: int, workers: Workers) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks of a matrix, uint8 (rows, bytes per row), and how far the scales moved."""
-
-    def blocks(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
-        scales, codes = lattice.scales[chunk.place], lattice.codes[chunk.place]
-        found = blocks_of_rows(depth, codes, scales)
-        kept = (found.codes == codes.reshape(found.codes.shape)).all(axis=1)  # those below the range are not
-        used = (scales > 0) & kept.repeat(N_GROUPS).reshape(scales.shape)
-        off = np.abs(found.group_scales().reshape(scales.shape)[used] / scales[used] - 1)
-        return pack(found).reshape(len(scales), -1), off
-
-    parts = workers.map(blocks, lattice.codes)
-    return np.concatenate([data for data, _ in parts]), np.concatenate([off for _, off in parts])
-
-
-def _squared_error(data: np.ndarray, values: np.ndarray, depth: int, workers: Workers) -> float:
-    """How far blocks uint8 (rows, bytes per row) are from a tensor: the sum of squares."""
-
-    def error(chunk: Chunk) -> float:
-        stored = unpack(depth, data[chunk.place].reshape(-1, BYTES_PER_BLOCK[depth])).decode()
-        lost = (stored.reshape(chunk.rows.shape) - chunk.rows).ravel().astype(np.float64)
-        return float(lost @ lost)
-
-    return sum(workers.map(error, values))

@@ -1,42 +1,19 @@
-"""Which tensor is stored in which type."""
+"""Which tensor is stored in which type, and why."""
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from tritconv.lattice import lattice_depth, sample_step
+from tritconv.sources.source import Kind, SourceTensor
 from tritcore.errors import TritError
 from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
-
-
-class Kind(Enum):
-    """What a tensor is, as far as its type goes."""
-
-    MATRIX = "layers"
-    EMBEDDING = "embeddings"
-    OUTPUT = "lm_head"
-    KEPT = "norms, other"
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor to convert.
-
-    shape: row length last.
-    load: reads it: float16 or float32 of `shape`; for a KEPT tensor the values or bytes to store.
-    kept_type: the type of a KEPT tensor.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind
-    load: Callable[[], np.ndarray]
-    kept_type: GGMLQuantizationType | None = None
 
 
 @dataclass(frozen=True)
@@ -47,17 +24,60 @@ class TypeRule:
     qtype: GGMLQuantizationType
 
 
+class Why(Enum):
+    """Why a tensor has its type."""
+
+    KIND = "the type of its kind"
+    RULE = "a rule names it"
+    BUDGET = "it costs least at the size wanted"
+    KEPT = "llama.cpp wants it so"
+    ROWS = "its rows are no multiple of the block of the type that it should have"
+
+
 @dataclass(frozen=True)
-class TypePlan:
-    """The types that tensors should have. `single` is for tensors by name, before what goes by their kind."""
+class Choice:
+    """What a plan says of a tensor.
+
+    Attributes:
+        wanted: the type that it should have.
+        qtype: the type that it is stored in, as far as the shape tells. The values may need another one.
+        why: why it has `qtype`.
+        lattice: the depth of the trit lattice that its matrices seem to lie on; None if they lie on none, or if nobody
+            looked.
+    """
+
+    wanted: GGMLQuantizationType
+    qtype: GGMLQuantizationType
+    why: Why
+    lattice: int | None = None
+
+    @property
+    def depth(self) -> int | None:
+        """Trits per weight; None for a type that is not TRIT."""
+        return DEPTH_OF_TYPE.get(self.qtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The types that tensors have in a file.
+
+    Attributes:
+        depth: trits per weight of the layers' matrices that nothing else is said about.
+        embedding, output, fallback: types of the embeddings, of the output matrix, and of what does not fit.
+        single: types by the name of the tensor, from the user's rules. They come before all others.
+        budgeted: types by name, chosen for a size wanted.
+        lattices: depths of the trit lattices that tensors lie on, by name.
+    """
 
     depth: int
     embedding: GGMLQuantizationType
     output: GGMLQuantizationType
     fallback: GGMLQuantizationType
     single: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    budgeted: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    lattices: Mapping[str, int] = field(default_factory=dict)
 
-    def with_rules(self, rules: Iterable[TypeRule], tensors: Sequence[SourceTensor]) -> "TypePlan":
+    def with_rules(self, rules: Iterable[TypeRule], tensors: Sequence[SourceTensor]) -> "Plan":
         """The plan for `tensors` with rules on top; later ones win.
 
         Raises:
@@ -73,42 +93,65 @@ class TypePlan:
             single |= dict.fromkeys(names, rule.qtype)
         return replace(self, single=single)
 
-    def with_types(self, types: Mapping[str, GGMLQuantizationType], tensors: Iterable[SourceTensor]) -> "TypePlan":
-        """The plan with types for single tensors; its depth becomes that of most weights."""
-        plan = replace(self, single={**self.single, **types})
+    def with_types(self, types: Mapping[str, GGMLQuantizationType], tensors: Iterable[SourceTensor]) -> "Plan":
+        """The plan with types chosen for a size wanted; its depth becomes that of most weights."""
+        plan = replace(self, budgeted={**self.budgeted, **types})
         weights: Counter[int] = Counter()
         for tensor in tensors:
-            if (depth := DEPTH_OF_TYPE.get(plan.wanted(tensor))) is not None:
+            if (depth := DEPTH_OF_TYPE.get(plan.choice(tensor).wanted)) is not None:
                 weights[depth] += math.prod(tensor.shape)
         return replace(plan, depth=weights.most_common(1)[0][0] if weights else self.depth)
+
+    def with_lattices(self, tensors: Iterable[SourceTensor]) -> "Plan":
+        """The plan with the trit lattices that tensors lie on, as far as a sample of their rows tells.
+
+        Raises:
+            TritError: a tensor cannot be read.
+        """
+        mine = [tensor for tensor in tensors if tensor.kept_type is None and self.choice(tensor).depth is not None]
+        depths = {tensor.name: _lattice_of(tensor) for tensor in mine}
+        return replace(self, lattices={name: depth for name, depth in depths.items() if depth is not None})
+
+    def choice(self, tensor: SourceTensor) -> Choice:
+        """The type of a tensor and why it has it."""
+        wanted, why = self._wanted(tensor)
+        if not fits(tensor, wanted):
+            return Choice(wanted, self.fallback_of(tensor), Why.ROWS)
+        return Choice(wanted, wanted, why, self.lattices.get(tensor.name))
+
+    def type_of(self, tensor: SourceTensor) -> GGMLQuantizationType:
+        """The type of a tensor; where its rows do not fit into blocks, the fallback, then F16."""
+        return self.choice(tensor).qtype
+
+    def fallback_of(self, tensor: SourceTensor) -> GGMLQuantizationType:
+        """The type of a tensor that its own type cannot hold."""
+        return self.fallback if fits(tensor, self.fallback) else GGMLQuantizationType.F16
 
     def exceptions(self, tensors: Iterable[SourceTensor]) -> list[str]:
         """NAME=TYPE for each tensor whose type is not that of its kind; TRIT types are a number, the depth."""
         return [
-            f"{tensor.name}={DEPTH_OF_TYPE.get(qtype) or qtype.name.lower()}"
+            f"{tensor.name}={DEPTH_OF_TYPE.get(wanted) or wanted.name.lower()}"
             for tensor in tensors
-            if (qtype := self.wanted(tensor)) is not replace(self, single={}).wanted(tensor)
+            if tensor.kept_type is None
+            and (wanted := self.choice(tensor).wanted) is not self._type_of_kind(tensor.kind)
         ]
 
-    def wanted(self, tensor: SourceTensor) -> GGMLQuantizationType:
-        """The type that a tensor should have."""
+    def _wanted(self, tensor: SourceTensor) -> tuple[GGMLQuantizationType, Why]:
         if tensor.kept_type is not None:
-            return tensor.kept_type
+            return tensor.kept_type, Why.KEPT
+        if (qtype := self.single.get(tensor.name)) is not None:
+            return qtype, Why.RULE
+        if (qtype := self.budgeted.get(tensor.name)) is not None:
+            return qtype, Why.BUDGET
+        return self._type_of_kind(tensor.kind), Why.KIND
+
+    def _type_of_kind(self, kind: Kind) -> GGMLQuantizationType:
         of_kind = {
             Kind.MATRIX: TRIT_TYPE[self.depth],
             Kind.EMBEDDING: self.embedding,
             Kind.OUTPUT: self.output,
         }
-        return self.single.get(tensor.name, of_kind[tensor.kind])
-
-    def type_of(self, tensor: SourceTensor) -> GGMLQuantizationType:
-        """The type of a tensor; where its rows do not fit into blocks, the fallback, then F16."""
-        wanted = self.wanted(tensor)
-        return wanted if fits(tensor, wanted) else self.fallback_of(tensor)
-
-    def fallback_of(self, tensor: SourceTensor) -> GGMLQuantizationType:
-        """The type of a tensor that its own type cannot hold."""
-        return self.fallback if fits(tensor, self.fallback) else GGMLQuantizationType.F16
+        return of_kind[kind]
 
 
 def fits(tensor: SourceTensor, qtype: GGMLQuantizationType) -> bool:
@@ -116,8 +159,10 @@ def fits(tensor: SourceTensor, qtype: GGMLQuantizationType) -> bool:
     return tensor.shape[-1] % GGML_QUANT_SIZES[qtype][0] == 0
 
 
-def kind_of(name: str) -> Kind:
-    """The kind of a matrix, by its GGUF name: matrices outside the layers are stored as embeddings are."""
-    if name == "output.weight":
-        return Kind.OUTPUT
-    return Kind.MATRIX if "blk." in name else Kind.EMBEDDING
+def _lattice_of(tensor: SourceTensor) -> int | None:
+    """The depth of the lattices that all matrices of a tensor lie on; None if they are not alike, or on none."""
+    some = tensor.sample(sample_step(tensor.shape[-2:]))
+    if not np.isfinite(some).all():
+        return None  # which is refused when the tensor is stored
+    depths = {lattice_depth(matrix) for matrix in some}
+    return depths.pop() if len(depths) == 1 else None

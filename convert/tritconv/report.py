@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tritconv.plan import Kind
+from tritconv.sources.source import Kind
 from tritconv.writer import StoredTensor, Written
 
 _N_WORST = 5

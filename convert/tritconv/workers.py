@@ -41,9 +41,14 @@ class Chunk:
 
 
 class Workers:
-    """A number of threads; to be used as a context manager. What they run must let go of Python's lock."""
+    """A number of threads; to be used as a context manager. What they run must let go of Python's lock.
+
+    Attributes:
+        threads: how many.
+    """
 
     def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads)
 
     def __enter__(self) -> "Workers":

@@ -1,34 +1,40 @@
-"""Writes a GGUF file in one pass: a tensor at a time is read, encoded, written and forgotten.
+"""Writes a GGUF file in one pass: each tensor is written as it comes, and forgotten.
 
-The header has the same length whatever the types are, so it is written first as planned, and again at the end with
-the types that the tensors really got.
+Room for the header is reserved at the start. All metadata have a length that is known before, so the header is written
+once, at the end, with the types that the tensors really have.
 """
 
+import io
 import os
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter, quant_shape_to_byte_shape
 from gguf.gguf_writer import WriterState
 
-from tritconv.encode import Encoded, Encoder, n_bytes
-from tritconv.methods import Quantizer
-from tritconv.methods.search import Search
-from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.encode import Encoded, check_finite, encode, measured, n_bytes
+from tritconv.methods import Finished
+from tritconv.plan import Plan, Why
+from tritconv.sources.source import Kind, SourceTensor, Value
 from tritconv.verify import findings
 from tritconv.workers import Workers
-from tritcore.errors import NotFiniteError, RangeError, TritError
+from tritcore.errors import RangeError, TritError
 from tritcore.output import Output
+
+_NO_METHOD = "none"  # of tensors that are not TRIT; the first of `trit.methods`
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What became of a tensor. `fallback` says why it did not get the planned type, if so."""
+    """What became of a tensor.
+
+    Attributes:
+        method: by which its blocks were made; "" for a type that is not TRIT.
+        imported: whether the codes are those of the source's lattice.
+        fallback: why it did not get the type that it should have, if so.
+    """
 
     name: str
     kind: Kind
@@ -36,6 +42,8 @@ class StoredTensor:
     qtype: GGMLQuantizationType
     n_bytes: int
     relative_error: float
+    method: str = ""
+    imported: bool = False
     fallback: str | None = None
 
 
@@ -53,160 +61,153 @@ class Written:
 Progress = Callable[[str, int], None]  # called after each tensor with its name and planned bytes
 
 
-def write(
-    header: GGUFWriter,
-    tensors: Sequence[SourceTensor],
-    plan: TypePlan,
-    output: Output,
-    threads: int,
-    progress: Progress,
-    quantizer: Quantizer | None = None,
-) -> Written:
-    """Encode tensors and publish the file of them.
+@dataclass(frozen=True)
+class Header:
+    """What the header of a file says besides the tensors' types.
 
-    Args:
-        header: holds the metadata; its tensors are replaced. Until the last call of `progress` returns, values that
-            take the same room may still change.
-        quantizer: makes the blocks of TRIT types; None stands for the search.
-
-    Raises:
-        TritError: a weight is NaN or infinite, the disk is too small, or what has been written is not valid.
-        OSError: the file cannot be written.
+    Attributes:
+        architecture: as llama.cpp calls it.
+        metadata: without what depends on what becomes of the tensors.
+        tensors: in the order of the file.
+        methods: that may make blocks, by name.
     """
-    start = time.monotonic()
-    quantizer = quantizer or Search()
-    _list_tensors(header, tensors, plan)
-    output.check_space(_data_bytes(header))
-    try:
-        with Workers(threads) as workers:
-            stored = _write_file(header, tensors, plan, output.partial, Encoder(quantizer, workers), progress)
-    finally:
-        with suppress(OSError):
-            header.close()
-    if found := findings(output.partial, threads):
-        fault = found[0].removeprefix(f"{output.partial}: ")
-        raise TritError(f"{output.target} is not written, as the result would not be sound: {fault}")
-    output.publish()
-    size = output.target.stat().st_size
-    return Written(output.target, size, time.monotonic() - start, stored, quantizer.remarks())
+
+    architecture: str
+    metadata: Mapping[str, Value]
+    tensors: Sequence[SourceTensor]
+    methods: Sequence[str]
+
+    def as_planned(self, plan: Plan) -> bytes:
+        """The header of a file whose tensors all have their planned types."""
+        return self._bytes([plan.type_of(tensor) for tensor in self.tensors], [""] * len(self.tensors), 0)
+
+    def of(self, stored: Sequence[StoredTensor]) -> bytes:
+        """The header of a file with these tensors. It is as long as any other one."""
+        n_imported = sum(tensor.imported for tensor in stored)
+        return self._bytes([tensor.qtype for tensor in stored], [tensor.method for tensor in stored], n_imported)
+
+    def _bytes(self, types: Sequence[GGMLQuantizationType], methods: Sequence[str], n_imported: int) -> bytes:
+        """Up to where the tensors' data begin."""
+        writer = GGUFWriter(None, arch=self.architecture)
+        for key, value in self.metadata.items():
+            writer.add_key_value(key, value.value, value.type, value.element_type)
+        numbers = [0 if not method else 1 + self.methods.index(method) for method in methods]
+        writer.add_key_value("trit.methods", [_NO_METHOD, *self.methods], GGUFValueType.ARRAY, GGUFValueType.STRING)
+        if numbers:
+            writer.add_key_value("trit.tensor.method", numbers, GGUFValueType.ARRAY, GGUFValueType.UINT8)
+        writer.add_uint32("trit.imported", n_imported)
+        for tensor, qtype in zip(self.tensors, types, strict=True):
+            shape, size = quant_shape_to_byte_shape(tensor.shape, qtype), n_bytes(tensor.shape, qtype)
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), size, raw_dtype=qtype)
+        file = io.BytesIO()
+        writer.fout, writer.state = [file], WriterState.EMPTY
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.write_padding(file, file.tell())
+        return file.getvalue()
 
 
-def header_bytes(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan) -> int:
-    """What a file's metadata and list of tensors take, about: `write` adds some metadata of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _write_header_alone(header, tensors, plan, Path(folder) / "header")
+def file_bytes(header: Header, plan: Plan) -> int:
+    """The size of a file whose tensors all have their planned types."""
+    return len(header.as_planned(plan)) + sum(_padded(n_bytes(t.shape, plan.type_of(t))) for t in header.tensors)
 
 
-def write_outline(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan, path: Path) -> int:
+def write_outline(header: Header, plan: Plan, path: Path) -> int:
     """Write the header of a file, and data of zeros that take no room on the disk: what llama.cpp looks at first.
 
     Returns:
         The size of the file to come, in bytes.
     """
-    size = _write_header_alone(header, tensors, plan, path)
-    size += GGUFWriter.ggml_pad(size, header.data_alignment) - size + _data_bytes(header)
+    path.write_bytes(header.as_planned(plan))
+    size = file_bytes(header, plan)
     os.truncate(path, size)
     return size
 
 
-def _write_header_alone(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan, path: Path) -> int:
-    """Returns its length in bytes. `header` is as it was."""
-    _list_tensors(header, tensors, plan)
-    _write_header(header, path)
-    header.close()
-    header.fout = None
-    header.state = WriterState.NO_FILE
-    return path.stat().st_size
-
-
-def _data_bytes(header: GGUFWriter) -> int:
-    return sum(GGUFWriter.ggml_pad(info.nbytes, header.data_alignment) for info in header.tensors[0].values())
-
-
-def _list_tensors(header: GGUFWriter, tensors: Sequence[SourceTensor], plan: TypePlan) -> None:
-    header.tensors = [{}]
-    for tensor in tensors:
-        qtype = plan.type_of(tensor)
-        header.add_tensor_info(
-            tensor.name,
-            quant_shape_to_byte_shape(tensor.shape, qtype),
-            np.dtype(np.uint8),
-            n_bytes(tensor.shape, qtype),
-            raw_dtype=qtype,
-        )
-
-
-def _write_file(
-    header: GGUFWriter,
-    tensors: Sequence[SourceTensor],
-    plan: TypePlan,
-    partial: Path,
-    encoder: Encoder,
+def write(
+    header: Header,
+    plan: Plan,
+    finished: Iterable[Finished],
+    output: Output,
+    workers: Workers,
     progress: Progress,
 ) -> list[StoredTensor]:
-    _write_header(header, partial)
-    assert header.fout is not None
-    file = header.fout[0]
-    header.write_padding(file, file.tell())
+    """Store tensors as they come, and publish the file of them.
 
+    Args:
+        finished: the tensors of the header, in its order.
+
+    Raises:
+        TritError: a weight is NaN or infinite, or what has been written is not valid.
+        OSError: the file cannot be written.
+    """
+    reserved = len(header.as_planned(plan))
     stored = []
-    for tensor in tensors:
-        info = header.tensors[0][tensor.name]
-        planned_bytes = info.nbytes
-        data, outcome = _store(tensor, info.dtype, plan, encoder)
-        info.dtype, info.nbytes = outcome.qtype, outcome.n_bytes
-        file.write(data.data)
-        header.write_padding(file, outcome.n_bytes)
-        stored.append(outcome)
-        progress(tensor.name, planned_bytes)
-
-    file.seek(0)
-    header.state = WriterState.EMPTY
-    _write_header(header, partial)
-    os.fsync(file.fileno())
+    with output.partial.open("wb") as file:
+        file.seek(reserved)
+        for tensor, one in zip(header.tensors, finished, strict=True):
+            assert one.tensor is tensor, "tensors come in the order of the file"
+            data, outcome = _store(one, plan, workers)
+            file.write(data.data)
+            file.write(bytes(_padded(outcome.n_bytes) - outcome.n_bytes))
+            stored.append(outcome)
+            progress(tensor.name, n_bytes(tensor.shape, plan.type_of(tensor)))
+        file.seek(0)
+        final = header.of(stored)
+        assert len(final) == reserved, "the header has the length that was reserved"
+        file.write(final)
+        file.flush()
+        os.fsync(file.fileno())
+    if found := findings(output.partial, workers.threads):
+        fault = found[0].removeprefix(f"{output.partial}: ")
+        raise TritError(f"{output.target} is not written, as the result would not be sound: {fault}")
+    output.publish()
     return stored
 
 
-def _write_header(header: GGUFWriter, path: Path) -> None:
-    header.write_header_to_file(path)
-    header.write_kv_data_to_file()
-    header.write_ti_data_to_file()
+def _padded(size: int) -> int:
+    """Bytes that a tensor takes in the file."""
+    return GGUFWriter.ggml_pad(size, GGUF_DEFAULT_ALIGNMENT)
 
 
-def _store(
-    tensor: SourceTensor, planned: GGMLQuantizationType, plan: TypePlan, encoder: Encoder
-) -> tuple[np.ndarray, StoredTensor]:
+def _store(one: Finished, plan: Plan, workers: Workers) -> tuple[np.ndarray, StoredTensor]:
     """The bytes of a tensor, uint8 (bytes,), and what became of it."""
-    values = tensor.load()
+    tensor, values, choice = one.tensor, one.values, plan.choice(one.tensor)
     if values.dtype.kind in "iu":  # stored as it is: integers, or blocks that the checkpoint brought
         as_it_is = Encoded(np.ascontiguousarray(values).view(np.uint8).ravel(), 0.0, 0.0)
-        return as_it_is.data, _outcome(tensor, planned, as_it_is)
+        return as_it_is.data, _outcome(one, choice.qtype, as_it_is)
+    reason = one.reason
+    if choice.why is Why.ROWS:
+        reason = f"its rows of {tensor.shape[-1]} weights are no multiple of {choice.wanted.name}'s block"
+    if one.blocks is not None:
+        encoded = measured(values, one.blocks, choice.qtype, workers)
+        return encoded.data, _outcome(one, choice.qtype, encoded, reason)
 
-    wanted = plan.wanted(tensor)
-    reason = None
-    if planned is not wanted:
-        reason = f"its rows of {tensor.shape[-1]} weights are no multiple of {wanted.name}'s block"
-    # what llama.cpp wants in a type of its own, it does not take in blocks
+    check_finite(tensor, values, workers)
+    planned = () if choice.depth is not None else (choice.qtype,)
+    # a type that llama.cpp wants for a tensor is one of floats, and it does not take blocks instead
     fallback = (plan.fallback_of(tensor),) if tensor.kept_type is None else ()
-    try:
-        for qtype in dict.fromkeys((planned, *fallback, GGMLQuantizationType.F32)):
-            try:
-                encoded = encoder.encode(tensor, values, qtype)
-                return encoded.data, _outcome(tensor, qtype, encoded, reason)
-            except RangeError as error:
-                reason = reason or str(error)
-    except NotFiniteError as error:
-        index = tuple(int(i) for i in np.unravel_index(error.index, tensor.shape))
-        value = values[index]
-        raise TritError(
-            f"tensor {tensor.name} holds {value} at {list(index)}: the checkpoint is damaged or was saved "
-            "mid-training; no such weight can be quantized"
-        ) from None
+    for qtype in dict.fromkeys((*planned, *fallback, GGMLQuantizationType.F32)):
+        try:
+            encoded = encode(values, qtype, workers)
+        except RangeError as error:
+            reason = reason or str(error)
+        else:
+            return encoded.data, _outcome(one, qtype, encoded, reason)
     raise AssertionError("every finite weight fits into F32")
 
 
-def _outcome(
-    tensor: SourceTensor, qtype: GGMLQuantizationType, encoded: Encoded, fallback: str | None = None
-) -> StoredTensor:
-    n_weights = int(np.prod(tensor.shape))
-    return StoredTensor(tensor.name, tensor.kind, n_weights, qtype, len(encoded.data), encoded.relative_error, fallback)
+def _outcome(one: Finished, qtype: GGMLQuantizationType, encoded: Encoded, fallback: str | None = None) -> StoredTensor:
+    tensor = one.tensor
+    return StoredTensor(
+        tensor.name,
+        tensor.kind,
+        int(np.prod(tensor.shape)),
+        qtype,
+        len(encoded.data),
+        encoded.relative_error,
+        one.method,
+        one.imported,
+        fallback,
+    )

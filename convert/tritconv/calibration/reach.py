@@ -17,7 +17,8 @@ from tritconv.calibration.matrices import Matrix, Recorder, matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.pretrained import INSTEAD
 from tritconv.calibration.rows import Place, RowIndex, RowMap
-from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.plan import Plan
+from tritconv.sources.source import Kind, SourceTensor
 from tritcore.errors import TritError, first_line
 from tritcore.format import BLOCK_SIZE
 from tritcore.gguf_types import DEPTH_OF_TYPE
@@ -51,7 +52,7 @@ class Reach:
     missed: Sequence[SourceTensor]
 
 
-def find_reach(model: LayeredModel, architecture: str, tensors: Sequence[SourceTensor], plan: TypePlan) -> Reach:
+def find_reach(model: LayeredModel, architecture: str, tensors: Sequence[SourceTensor], plan: Plan) -> Reach:
     """Rehearse, and trace the tensors. Those of the layers are loaded.
 
     Args:

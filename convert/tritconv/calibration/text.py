@@ -1,6 +1,5 @@
 """Calibration text: documents to token sequences of equal length."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,10 +9,10 @@ import torch
 
 from tritconv.calibration.documents import Document
 from tritcore.errors import TritError, first_line
-from tritcore.sizes import show
 
 _SEPARATOR = "\n\n"
-_STREAMS = 4  # hidden states of all tokens that are in memory at a time
+_HELD_OUT = 16  # one sequence in so many
+_MOST_HELD_OUT = 16  # sequences
 
 
 @dataclass(frozen=True)
@@ -95,24 +94,15 @@ def sequences(texts: Sequence[Text], options: TextOptions, tokenizer: Any) -> to
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(cut), -1), cut], dim=1)
 
 
-def check_memory(n_tokens: int, length: int, width: int) -> None:
-    """See that the hidden states of a text fit into the machine's memory, before long work.
+def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split int64 (sequences, length): most to calibrate on, and few, from all parts of the text, to judge by.
 
-    Args:
-        n_tokens: in all, those that the model writes included.
-        length: tokens of a sequence.
-        width: of the hidden states.
-
-    Raises:
-        TritError: they do not.
+    A single sequence is both.
     """
-    needed = 4 * (_STREAMS * n_tokens * width + length * length)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
-    if needed > memory:
-        raise TritError(
-            f"calibrating on {n_tokens} tokens in sequences of {length} needs {show(needed)}, and the machine has "
-            f"{show(memory)}: lower --calib-tokens, --calib-own or --calib-seq"
-        )
+    numbers = torch.arange(len(tokens))
+    every = min(max(_HELD_OUT, len(tokens) // _MOST_HELD_OUT), len(tokens))
+    mine = numbers % every == every - 1
+    return (tokens[~mine], tokens[mine]) if len(tokens) > 1 else (tokens, tokens)
 
 
 def _rendered(document: Document, tokenizer: Any) -> Text:

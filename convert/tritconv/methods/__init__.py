@@ -1,18 +1,70 @@
 """How codes and scale indexes are chosen: a module for each method.
 
-A module's `quantize` makes blocks of a matrix; its `Quantizer` does that for the tensors of a model.
+Every method is an iterator: it takes a source and a plan, and yields the tensors, finished, in the order of the file.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from tritconv.plan import SourceTensor
+from tritconv.plan import Plan
+from tritconv.sources.source import Source, SourceTensor
 from tritconv.workers import Workers
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A tensor that a method is done with.
+
+    Attributes:
+        values: as they are to be stored, before any encoding; see `SourceTensor.load`.
+        blocks: of the TRIT type that the plan has for it, uint8 (rows, bytes per row). None where the plan has another
+            type, or where the type cannot hold the tensor.
+        reason: why there are no blocks, where the plan wants some.
+        method: by which the blocks were made, one of `Method.methods`; "" without blocks.
+        imported: whether the codes are those of the lattice that the source lies on.
+    """
+
+    tensor: SourceTensor
+    values: np.ndarray
+    blocks: np.ndarray | None = None
+    reason: str | None = None
+    method: str = ""
+    imported: bool = False
+
+
+class Method(Protocol):
+    """A method at work on a model.
+
+    Attributes:
+        name: what `trit.method` in the file says.
+        methods: all that `Finished.method` may be: parts of a tensor may be made by different methods.
+    """
+
+    name: str
+    methods: Sequence[str]
+
+    def run(self, source: Source, plan: Plan, workers: Workers) -> Iterator[Finished]:
+        """The tensors of a source, in its order. One of them at a time is in memory.
+
+        Raises:
+            TritError: a weight is NaN or infinite, or the method cannot do its work.
+        """
+        ...
+
+    def remarks(self) -> list[str]:
+        """What the user should know, after the last tensor."""
+        ...
+
+
 class Quantizer(Protocol):
-    """A method at work on a model, a tensor at a time. `name` is what the file's metadata call it."""
+    """A method that takes a tensor at a time, and knows nothing of the others.
+
+    Attributes:
+        name: of the method.
+    """
 
     name: str
 

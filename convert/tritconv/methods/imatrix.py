@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from tritconv.plan import SourceTensor
+from tritconv.sources.source import SourceTensor
 from tritconv.workers import Chunk, Workers
 from tritcore import encoder
 from tritcore.console import one_line

@@ -6,7 +6,7 @@ alike. The encoder is ggml's, in C: llama-quantize makes the same blocks.
 
 import numpy as np
 
-from tritconv.plan import SourceTensor
+from tritconv.sources.source import SourceTensor
 from tritconv.workers import Workers
 from tritcore import ggml
 from tritcore.encoder import largest_of_blocks, quantize

@@ -3,26 +3,38 @@
 The codes follow latent weights, in units of the scale, through a straight-through estimator: forward the nearest code,
 backward as if there were no rounding (Bengio et al., 2013, arXiv:1308.3432). The loss is the KL divergence from the
 full-precision model's predictions, as in LLM-QAT (Liu et al., 2023, arXiv:2305.17888); the norms are trained along. To
-train a layer at a time, towards its own output, gains next to nothing: gptq has matched that already (docs/quality.md).
+train a layer at a time, towards its own output, gains next to nothing: gptq has matched that already, as
+docs/concepts/quality.md has it.
 Some sequences are held out, from gptq too: of all epochs, the start included, the one that does best on them is kept.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from torch.nn.functional import kl_div
 
+from tritconv.calibration.context import Context
+from tritconv.calibration.inputs import digest_of_tokens
 from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.reach import GgufNames
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
+from tritconv.methods import Finished
+from tritconv.methods.gptq import Say, gathered, layer_quantizer
+from tritconv.methods.gptq.layers import Depths
+from tritconv.methods.per_tensor import PerTensor
+from tritconv.methods.search import Search
+from tritconv.plan import Plan
+from tritconv.sources.source import Kind, Source
+from tritconv.workers import Workers
 from tritcore.codec import Blocks, pack, unpack
-from tritcore.format import BLOCK_SIZE, CODE_MAX, GROUP_SIZE
+from tritcore.console import note
+from tritcore.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
 
-_HELD_OUT = 16  # one sequence in so many
-_MOST_HELD_OUT = 16  # sequences
 _STEP_TOKENS = 2048
 _LOGITS_TOKENS = 512  # whose predictions are in memory at a time
 _BLOCKS, _NORM, _LOSSES = "blocks:", "norm:", "losses"  # of what is kept; a layer and a name follow the first two
@@ -64,6 +76,142 @@ class Tuned:
     blocks: Mapping[Place, Blocks]
     norms: Mapping[NormPlace, torch.Tensor]
     losses: Sequence[float] = ()
+
+
+class Tune:
+    """The method."""
+
+    name = "tune"
+    methods: Sequence[str] = tuple(
+        ",".join(some) for n in (1, 2, 3) for some in itertools.combinations(("gptq", "search", "tune"), n)
+    )
+
+    def __init__(self, context: Context, options: TuneOptions, say: Say) -> None:
+        """Prepare.
+
+        Args:
+            context: of the source that will be quantized, with sequences held out.
+        """
+        self._context = context
+        self._options = options
+        self._say = say
+        self._remarks: list[str] = []
+
+    def run(self, source: Source, plan: Plan, workers: Workers) -> Iterator[Finished]:
+        """As `Method.run` has it. All layers are trained together, so the first tensor comes after the training."""
+        blocks, methods, norms = self._train(source, plan)
+        search = PerTensor(Search())
+        for tensor in source.tensors:
+            rows = self._context.maps.get(tensor.name) if plan.choice(tensor).depth is not None else None
+            found, method = (None, "") if rows is None else gathered(rows, blocks, methods)
+            if found is not None:
+                yield Finished(tensor, tensor.load(), found, method=method)
+            elif (trained := norms.get(tensor.name)) is not None:
+                yield Finished(tensor, trained)
+            else:
+                yield search.finish(tensor, tensor.load(), plan, workers)
+
+    def remarks(self) -> list[str]:
+        """As `Method.remarks` has it."""
+        return self._remarks
+
+    def _train(
+        self, source: Source, plan: Plan
+    ) -> tuple[dict[Place, np.ndarray], dict[Place, str], dict[str, np.ndarray]]:
+        """Blocks of matrices, uint8 (rows, bytes per row), the methods that made them, and norms by tensor."""
+        context, model = self._context, self._context.model
+        depths = context.depths(plan)
+        quantizer = layer_quantizer(context, plan, depths, keep_offsets=True)
+
+        def on_layer(index: int, what: str) -> None:
+            self._say(f"layer {index + 1}/{model.n_layers} {what}")
+
+        blocks: dict[Place, np.ndarray] = {}
+        offsets: dict[Place, np.ndarray] = {}
+        methods: dict[Place, str] = {}
+        for layer in quantizer.run(context.tokens, on_layer):
+            self._remarks += layer.remarks
+            for matrix, data in layer.blocks.items():
+                blocks[layer.index, matrix] = data
+                methods[layer.index, matrix] = "search" if matrix in layer.searched else "gptq"
+            offsets |= {(layer.index, matrix): offset for matrix, offset in layer.offsets.items()}
+        names = _norms(model, source)
+        store = context.store(
+            self.name,
+            matrices=(
+                *((f"{i} {matrix}", depth) for (i, matrix), depth in depths.items()),
+                *((f"{i} {name}", tensor) for (i, name), tensor in names.items()),
+            ),
+            held_out=digest_of_tokens(context.held_out),
+            options=tuple(asdict(self._options).items()),
+        )
+        tuned = load_tuned(store, depths)
+        if tuned is None:
+            tuned = self._tuned(depths, blocks, offsets, names)
+            save_tuned(store, tuned)
+        else:
+            for epoch, loss in enumerate(tuned.losses):
+                _tell(epoch, loss, tuned.losses[: epoch + 1])
+        blocks |= {place: pack(found).reshape(len(blocks[place]), -1) for place, found in tuned.blocks.items()}
+        methods |= dict.fromkeys(tuned.blocks, self.name)
+        return blocks, methods, {names[place]: values.cpu().numpy() for place, values in tuned.norms.items()}
+
+    def _tuned(
+        self,
+        depths: Depths,
+        blocks: Mapping[Place, np.ndarray],
+        offsets: Mapping[Place, np.ndarray],
+        norms: Collection[NormPlace],
+    ) -> Tuned:
+        """Train what gptq has made of a model: blocks and offsets, by matrix."""
+        context, model = self._context, self._context.model
+        layers = [model.working_copy(index) for index in range(model.n_layers)]
+        unpacked = {
+            place: unpack(depths[place], data.reshape(-1, BYTES_PER_BLOCK[depths[place]]))
+            for place, data in blocks.items()
+        }
+        for (index, matrix), made in unpacked.items():
+            weights = matrix.of(layers[index])
+            weights.copy_(torch.from_numpy(made.decode()).view_as(weights))
+        latents = {
+            place: Latent(unpacked[place], torch.from_numpy(offset).float().to(model.device))
+            for place, offset in offsets.items()
+            if not place[1].is_expert  # few tokens come to an expert
+        }
+        losses: list[float] = []
+
+        def on_epoch(epoch: int, loss: float) -> None:
+            losses.append(loss)
+            _tell(epoch, loss, losses)
+
+        def on_step(done: int, total: int) -> None:
+            self._say(f"training, step {done}/{total}")
+
+        return tune(model, layers, latents, norms, context.tokens, context.held_out, self._options, on_step, on_epoch)
+
+
+def _tell(epoch: int, loss: float, losses: Sequence[float]) -> None:
+    """Say how an epoch went; `losses` are those up to it."""
+    best = " (best)" if loss == min(losses) else ""
+    note(f"epoch {epoch}: KL divergence {loss:.4f} on what is held out{best}")
+
+
+def _norms(model: LayeredModel, source: Source) -> dict[NormPlace, str]:
+    """The tensors of the layers' norms, by layer and parameter, where a tensor is what the parameter is.
+
+    llama.cpp's converter adds one to some models' norms: those are not trained.
+    """
+    names = GgufNames(model, source.architecture)
+    kept = {tensor.name: tensor for tensor in source.tensors if tensor.kind is Kind.KEPT and len(tensor.shape) == 1}
+    found = {}
+    for number in range(model.n_layers):
+        for parameter, values in model.working_copy(number).named_parameters():
+            name = names.of(number, parameter)
+            if "norm" in parameter and name in kept:
+                stored = kept[name].load()
+                if stored.dtype.kind == "f" and np.array_equal(stored, values.detach().float().cpu().numpy()):
+                    found[number, parameter] = name
+    return found
 
 
 class Latent:
@@ -183,17 +331,6 @@ def load_tuned(store: LayerStore, depths: Mapping[Place, int]) -> Tuned | None:
     return Tuned(blocks, norms, kept[_LOSSES].tolist())
 
 
-def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split int64 (sequences, length) into what to calibrate on, and what to judge by: few, from all parts of the text.
-
-    A single sequence is both.
-    """
-    numbers = torch.arange(len(tokens))
-    every = min(max(_HELD_OUT, len(tokens) // _MOST_HELD_OUT), len(tokens))
-    mine = numbers % every == every - 1
-    return (tokens[~mine], tokens[mine]) if len(tokens) > 1 else (tokens, tokens)
-
-
 def _rate(step: int, steps: int) -> float:
     """Of the learning rate: a short rise, then half a cosine down to nothing."""
     rise = max(1, steps // 20)
@@ -216,7 +353,7 @@ class _Text:
     def read(model: LayeredModel, tokens: torch.Tensor) -> "_Text":
         """Of int64 (sequences, length)."""
         first = last = model.embed(tokens)
-        for index in range(len(model.layers)):
+        for index in range(model.n_layers):
             last = model.run_all(index, model.working_copy(index), last)
         return _Text(first, last)
 

@@ -7,7 +7,7 @@ codes. Then the codes are kept, and the scales become the nearest that the TRIT 
 import numpy as np
 
 from tritconv.methods.scales import blocks_of_rows
-from tritconv.plan import SourceTensor
+from tritconv.sources.source import SourceTensor
 from tritconv.workers import Chunk, Workers
 from tritcore.codec import pack
 from tritcore.format import CODE_MAX, GROUP_SIZE, N_SCALES, ZERO

@@ -1,13 +1,14 @@
 """GGUF files as a source: metadata and tensors of any type that gguf-py can dequantize."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType, quants
 
-from tritconv.plan import Kind, SourceTensor, kind_of
+from tritconv.sources.source import Kind, Origin, Source, SourceTensor, Value, in_file_order, kind_of
 from tritcore.codec import validate
 from tritcore.errors import TritError
 from tritcore.format import BYTES_PER_BLOCK
@@ -68,7 +69,7 @@ _NO_MODELS = {
 }
 
 
-def open_gguf(path: Path) -> tuple[GGUFWriter, list[SourceTensor]]:
+def open_gguf(path: Path) -> Source:
     """The metadata and the tensors of a GGUF file; of all parts, if the file is one of several.
 
     Raises:
@@ -77,7 +78,9 @@ def open_gguf(path: Path) -> tuple[GGUFWriter, list[SourceTensor]]:
     parts = parts_of(read_model_file(path))
     if (what := not_a_model(parts)) is not None:
         raise TritError(f"{path} {what}")
-    return _copy_metadata(parts[0]), [tensor for part in parts for tensor in _source_tensors(part)]
+    tensors = in_file_order(_source_tensor(part, tensor) for part in parts for tensor in part.tensors)
+    architecture = str(parts[0].metadata["general.architecture"])
+    return Source(path.name, architecture, _metadata(parts[0]), tensors, Origin(path.parent, path.name))
 
 
 def not_a_model(parts: Sequence[ModelFile]) -> str | None:
@@ -101,43 +104,98 @@ def not_a_model(parts: Sequence[ModelFile]) -> str | None:
     return None
 
 
-def _copy_metadata(model: ModelFile) -> GGUFWriter:
-    header = GGUFWriter(None, arch=str(model.metadata["general.architecture"]))
-    for key, field, value in raw_values(model):
-        if _NOT_COPIED.fullmatch(key):
-            continue
-        if field.type is GGUFValueType.ARRAY and not value:  # as good as no key, and all that gguf-py can write
-            continue
-        header.add_key_value(key, value, field.type, field.element_type)
-    return header
+def _metadata(model: ModelFile) -> dict[str, Value]:
+    """The metadata to copy. An array without elements is as good as no key, and gguf-py cannot write it."""
+    return {
+        key: Value(value, field.type, field.element_type)
+        for key, field, value in raw_values(model)
+        if not _NOT_COPIED.fullmatch(key) and not (field.type is GGUFValueType.ARRAY and not value)
+    }
 
 
-def _source_tensors(model: ModelFile) -> list[SourceTensor]:
-    if not model.tensors:
-        return []
-    data = np.memmap(model.path, dtype=np.uint8, mode="r")
-    return [_source_tensor(model, tensor, data) for tensor in model.tensors]
-
-
-def _source_tensor(model: ModelFile, tensor: Tensor, data: np.ndarray) -> SourceTensor:
-    start = model.data_start + tensor.offset
-    stored = data[start : start + tensor.n_bytes]
-    shape = tuple(reversed(tensor.shape))
-    if _is_matrix(tensor.name, shape, tensor.type):
-        return SourceTensor(tensor.name, shape, kind_of(tensor.name), _dequantize(model.path, tensor, stored, shape))
+def _source_tensor(model: ModelFile, tensor: Tensor) -> SourceTensor:
+    stored = _Stored(model.path, tensor, model.data_start + tensor.offset)
+    if _is_matrix(tensor.name, stored.shape, tensor.type):
+        return SourceTensor(
+            tensor.name, stored.shape, kind_of(tensor.name), stored.dequantize, load_sample=stored.dequantize_some
+        )
     if tensor.type is GGMLQuantizationType.F64:  # which gguf-py cannot write, and no model needs
-        kept_type = GGMLQuantizationType.F32
-        return SourceTensor(tensor.name, shape, Kind.KEPT, lambda: _float32(tensor, stored, shape), kept_type=kept_type)
-    return SourceTensor(tensor.name, shape, Kind.KEPT, lambda: _values(tensor, stored, shape), kept_type=tensor.type)
+        return SourceTensor(tensor.name, stored.shape, Kind.KEPT, stored.float32, kept_type=GGMLQuantizationType.F32)
+    return SourceTensor(tensor.name, stored.shape, Kind.KEPT, stored.values, kept_type=tensor.type)
 
 
-def _values(tensor: Tensor, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The values of uint8 (bytes,) in `shape`; of a type that has blocks, uint8 (..., bytes of a row)."""
-    dtype = _DTYPES.get(tensor.type)
-    if dtype is not None:
-        return stored.view(dtype).reshape(shape)
-    block, block_bytes = GGML_QUANT_SIZES[tensor.type]
-    return stored.reshape(*shape[:-1], shape[-1] // block * block_bytes)
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a file. Nothing of it stays in memory, nor mapped, after a call.
+
+    Attributes:
+        start: where its data begin in the file, in bytes.
+    """
+
+    path: Path
+    tensor: Tensor
+    start: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Row length last."""
+        return tuple(reversed(self.tensor.shape))
+
+    def values(self) -> np.ndarray:
+        """The values as they are; of a type that has blocks, uint8 (..., bytes of a row). Raises TritError."""
+        data = np.fromfile(self.path, np.uint8, self.tensor.n_bytes, offset=self.start)
+        if len(data) < self.tensor.n_bytes:
+            raise TritError(f"{self.path}: tensor {self.tensor.name} is cut off: the file has become shorter meanwhile")
+        return self._in_rows(data)
+
+    def float32(self) -> np.ndarray:
+        """The values of a type without blocks, in float32. Raises TritError."""
+        with np.errstate(all="ignore"):  # what becomes infinite is refused when it is stored
+            return self.values().astype(np.float32)
+
+    def dequantize(self) -> np.ndarray:
+        """The weights, float32 of `shape`. Raises TritError."""
+        return self._dequantized(self.values(), self.shape)
+
+    def dequantize_some(self, step: int) -> np.ndarray:
+        """One in `step` rows of each matrix, float32 (matrices, rows, n). Raises TritError."""
+        data = np.memmap(self.path, np.uint8, "r", self.start, (self.tensor.n_bytes,))
+        rows = self._in_rows(data)
+        some = np.array(rows.reshape(-1, self.shape[-2], rows.shape[-1])[:, ::step])
+        try:
+            return self._dequantized(some, (*some.shape[:2], self.shape[-1]))
+        except TritError:
+            self.dequantize()  # says the same of the right block
+            raise
+
+    def _in_rows(self, data: np.ndarray) -> np.ndarray:
+        """uint8 (bytes,) as `values` has it."""
+        dtype = _DTYPES.get(self.tensor.type)
+        if dtype is not None:
+            return data.view(dtype).reshape(self.shape)
+        block, block_bytes = GGML_QUANT_SIZES[self.tensor.type]
+        return data.reshape(*self.shape[:-1], self.shape[-1] // block * block_bytes)
+
+    def _dequantized(self, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Rows as `_in_rows` has them, as float32 of `shape`."""
+        if self.tensor.type is GGMLQuantizationType.F64:
+            with np.errstate(all="ignore"):
+                return rows.astype(np.float32)
+        if (depth := DEPTH_OF_TYPE.get(self.tensor.type)) is not None:
+            try:
+                validate(depth, rows.reshape(-1, BYTES_PER_BLOCK[depth]))
+            except TritError as error:
+                raise TritError(
+                    f"{self.path}: tensor {self.tensor.name}: {error}; download or convert it again"
+                ) from error
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is refused when it is stored
+                return quants.dequantize(rows, self.tensor.type).reshape(shape)
+        except NotImplementedError as error:
+            raise TritError(
+                f"{self.path}: tensor {self.tensor.name} is {self.tensor.type.name}, which gguf cannot dequantize; "
+                "convert from an F16 or Q8_0 file"
+            ) from error
 
 
 def _is_matrix(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType) -> bool:
@@ -149,29 +207,3 @@ def _is_matrix(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType) -
         and stem.rpartition(".")[2] not in _FLOAT_ONLY
         and qtype not in _INTEGERS
     )
-
-
-def _float32(tensor: Tensor, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    with np.errstate(all="ignore"):  # what becomes infinite is refused when it is stored
-        return _values(tensor, stored, shape).astype(np.float32)
-
-
-def _dequantize(path: Path, tensor: Tensor, stored: np.ndarray, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    def load() -> np.ndarray:
-        if tensor.type is GGMLQuantizationType.F64:
-            return _float32(tensor, stored, shape)
-        if (depth := DEPTH_OF_TYPE.get(tensor.type)) is not None:
-            try:
-                validate(depth, stored.reshape(-1, BYTES_PER_BLOCK[depth]))
-            except TritError as error:
-                raise TritError(f"{path}: tensor {tensor.name}: {error}; download or convert it again") from error
-        try:
-            with np.errstate(all="ignore"):  # what is not finite is refused when it is stored
-                return quants.dequantize(_values(tensor, stored, shape), tensor.type).reshape(shape)
-        except NotImplementedError as error:
-            raise TritError(
-                f"{path}: tensor {tensor.name} is {tensor.type.name}, which gguf cannot dequantize; "
-                "convert from an F16 or Q8_0 file"
-            ) from error
-
-    return load

@@ -7,24 +7,13 @@ reads nothing yet. This module takes that list over, with a source for the value
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import (
-    GGML_QUANT_SIZES,
-    MODEL_TENSOR,
-    MODEL_TENSORS,
-    GGMLQuantizationType,
-    GGUFWriter,
-    LazyBase,
-    LazyChunkedTensor,
-    LlamaFileType,
-    quants,
-)
+from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, MODEL_TENSORS, GGMLQuantizationType, LlamaFileType, quants
 
-from tritconv.plan import Kind, SourceTensor, kind_of
 from tritconv.sources.agreement import (
     check_head,
     check_layers,
@@ -34,32 +23,28 @@ from tritconv.sources.agreement import (
     fit_tokens,
 )
 from tritconv.sources.foreign_code import guard
+from tritconv.sources.lazy import LazyLoad
 from tritconv.sources.model_card import usable_card
 from tritconv.sources.model_config import read_config
+from tritconv.sources.source import Kind, Origin, Source, SourceTensor, Value, in_file_order, kind_of
 from tritconv.sources.tokenizer import TokenizerReading
 from tritconv.sources.upstream import TensorReading, at_work, reading, reason
 from tritconv.sources.weights import read_weights
 from tritcore.console import note
-from tritcore.errors import TritError, first_line
+from tritcore.errors import TritError
 
 # The libraries' remarks on the way are for their developers; what matters comes back as an exception.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint, mapped. `header` holds the metadata of the GGUF file to write."""
-
-    header: GGUFWriter
-    tensors: list[SourceTensor]
+_FILE_TYPE = LlamaFileType.MOSTLY_TRIT2  # any type of blocks makes the converter say what may be stored in blocks
+_OF_THE_FILE = ("general.architecture", "general.file_type", "general.quantization_version")  # for the writer to say
 
 
-def open_checkpoint(folder: Path, depth: int, name: str | None = None, pre: str | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, *, name: str | None = None, pre: str | None = None) -> Source:
     """Map the checkpoint in `folder` to GGUF names and metadata. Reads no weights.
 
     Args:
         folder: a checkpoint that has been checked.
-        depth: trits per weight, for the file type.
         name: of the model; None leaves it to llama.cpp, which asks the model card and the folder's name.
         pre: llama.cpp's name of the pre-tokenizer; None leaves it to llama.cpp's converter.
 
@@ -88,7 +73,7 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None, pre: str 
     check_layers(folder, weights, {**hparams, **(hparams.get("text_config") or {})})
     try:
         with reading(weights):
-            arguments = (folder, LlamaFileType[f"MOSTLY_TRIT{depth}"], Path(os.devnull))
+            arguments = (folder, _FILE_TYPE, Path(os.devnull))
             model = at_work(upstream(*arguments, model_name=name))
         model.__class__ = _mapping(type(model), pre)
         model.begin()
@@ -100,10 +85,16 @@ def open_checkpoint(folder: Path, depth: int, name: str | None = None, pre: str 
     except Exception as error:  # the package raises whatever its many authors chose
         raise TritError(f"{folder}: llama.cpp's converter failed on {architecture}: {reason(error)}") from error
     _note_what_is_left_out(hparams)
-    tensors = list(_source_tensors(model, depth))
+    tensors = in_file_order(_source_tensors(model))
     if not any(tensor.kind is Kind.MATRIX for tensor in tensors):
         raise TritError(f"{folder}: llama.cpp's converter made no matrices of the {len(weights)} tensors of its files")
-    return Checkpoint(model.gguf_writer, tensors)
+    metadata = {
+        key: Value(field.value, field.type, field.sub_type)
+        for key, field in model.gguf_writer.kv_data[0].items()
+        if key not in _OF_THE_FILE
+    }
+    origin = Origin(folder)
+    return Source(origin.name, model.gguf_writer.arch, metadata, tensors, origin)
 
 
 def _check(folder: Path, model: Any) -> None:
@@ -163,7 +154,7 @@ def _mapping(upstream: type, pre_tokenizer: str | None) -> type:
     return Mapping
 
 
-def _source_tensors(model: Any, depth: int) -> Iterable[SourceTensor]:
+def _source_tensors(model: Any) -> Iterable[SourceTensor]:
     listed = model.gguf_writer.tensors[0]
     factors = _factors(listed)
     for name in list(listed):
@@ -173,12 +164,13 @@ def _source_tensors(model: Any, depth: int) -> Iterable[SourceTensor]:
         is_packed = GGML_QUANT_SIZES[info.dtype][0] > 1
         # llama.cpp's converter takes F16 where the rows do not fit a type's blocks; here the user chooses
         if source is not None and (is_packed or info.dtype is GGMLQuantizationType.F16):
-            yield SourceTensor(name, shape, kind_of(name), _Load(name, source))
+            load = LazyLoad(name, source)
+            yield SourceTensor(name, shape, kind_of(name), load, load_sample=partial(load.sample, shape))
         elif is_packed:
-            load = _Dequantize(_Load(name, info.tensor), info.dtype, shape, factors.get(name))
-            yield SourceTensor(name, shape, kind_of(name), load)
+            dequantize = _Dequantize(LazyLoad(name, info.tensor), info.dtype, shape, factors.get(name))
+            yield SourceTensor(name, shape, kind_of(name), dequantize)
         else:
-            yield SourceTensor(name, shape, Kind.KEPT, _Load(name, info.tensor), kept_type=info.dtype)
+            yield SourceTensor(name, shape, Kind.KEPT, LazyLoad(name, info.tensor), kept_type=info.dtype)
 
 
 def _factors(listed: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -197,7 +189,7 @@ class _Dequantize:
     """Reads a matrix that comes in blocks of llama.cpp's: float32 of `shape`, times a factor for all or each expert."""
 
     def __init__(
-        self, load: "_Load", qtype: GGMLQuantizationType, shape: tuple[int, ...], factor: np.ndarray | None
+        self, load: LazyLoad, qtype: GGMLQuantizationType, shape: tuple[int, ...], factor: np.ndarray | None
     ) -> None:
         self._load = load
         self._qtype = qtype
@@ -209,27 +201,3 @@ class _Dequantize:
         if self._factor is not None:
             values *= self._factor.reshape(-1, *(1 for _ in self._shape[1:])) if self._factor.size > 1 else self._factor
         return values
-
-
-class _Load:
-    """Reads a lazy tensor, once. Lazy tensors keep what they have read, so it is let go of afterwards."""
-
-    def __init__(self, name: str, lazy: Any) -> None:
-        self._name = name
-        self._lazy = lazy
-
-    def __call__(self) -> np.ndarray:
-        lazy, self._lazy = self._lazy, None
-        try:
-            return self._read(lazy)
-        except (RuntimeError, ValueError, IndexError, AssertionError, OSError) as error:
-            raise TritError(
-                f"tensor {self._name} cannot be made of what the files hold: {first_line(error)}"
-            ) from error
-
-    @staticmethod
-    def _read(lazy: Any) -> np.ndarray:
-        if isinstance(lazy, LazyChunkedTensor):
-            return np.concatenate([load() for load in lazy._chunks]).reshape(lazy.shape)
-        eager = type(lazy).to_eager(lazy) if isinstance(lazy, LazyBase) else lazy
-        return eager if isinstance(eager, np.ndarray) else eager.detach().numpy()

@@ -157,7 +157,9 @@ def _read_pickle(file: Path) -> LazyTensors:
     import torch
     from conversion.base import LazyTorchTensor
 
-    loaded = _load_pickle(file)
+    from tritconv.sources.lazy import MappedTensor
+
+    loaded, is_mapped = _load_pickle(file)
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise TritError(f"{file} holds a {type(loaded).__name__}, not tensors by name: save the model's state_dict()")
     size = file.stat().st_size
@@ -168,10 +170,18 @@ def _read_pickle(file: Path) -> LazyTensors:
             raise TritError(f"{file}: tensor {name} is sparse, or without values of its own: save it as a dense one")
         if tensor.dtype not in LazyTorchTensor._dtype_byteswap_map:
             raise TritError(_unreadable(file, name, str(tensor.dtype).removeprefix("torch.")))
-    return {name: partial(LazyTorchTensor.from_eager, tensor.detach()) for name, tensor in loaded.items()}
+
+    def lazy(tensor: torch.Tensor) -> Any:
+        if not is_mapped:
+            return LazyTorchTensor.from_eager(tensor)
+        meta = LazyTorchTensor.meta_with_dtype_and_shape(tensor.dtype, tensor.shape)
+        return LazyTorchTensor(meta=meta, args=(MappedTensor(tensor),), func=MappedTensor.read)
+
+    return {name: partial(lazy, tensor.detach()) for name, tensor in loaded.items()}
 
 
-def _load_pickle(file: Path) -> Any:
+def _load_pickle(file: Path) -> tuple[Any, bool]:
+    """The content of a pickle, and whether its tensors are mapped, which only those in a zip can be."""
     import torch
 
     try:
@@ -179,8 +189,8 @@ def _load_pickle(file: Path) -> Any:
             is_zip = opened.read(len(_ZIP)) == _ZIP
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # only a zip can be mapped into memory; weights_only runs none of the code that a pickle may name
-            return torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+            # weights_only runs none of the code that a pickle may name
+            return torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True), is_zip
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise TritError(

@@ -1,0 +1,214 @@
+"""What every calibration starts from, made once: the model, the matrices that are reached, and the tokens."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tritconv.calibration import own_text, rare_words, sensitivity
+from tritconv.calibration.inputs import Inputs, digest_of_files, digest_of_tokens
+from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.reach import find_reach
+from tritconv.calibration.rows import Place, RowMap
+from tritconv.calibration.store import LayerStore
+from tritconv.calibration.text import TextOptions, hold_out, render, sequences
+from tritconv.encode import n_bytes
+from tritconv.plan import Plan
+from tritconv.sources.source import Kind, Source, SourceTensor
+from tritcore import cache
+from tritcore.console import err, note, share_bar
+from tritcore.errors import TritError
+from tritcore.sizes import show
+
+_STREAMS = 4  # hidden states of all tokens that are kept at a time
+_STATISTICS = 3  # float32 matrices of n x n, n the longest row of a matrix, that are in memory at a time
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What the user asked for.
+
+    Attributes:
+        own_tokens: so many more, which the model writes itself.
+        holds_out: whether some sequences are left out, to judge by.
+        memory: bytes for hidden states; those that take more are in a file. None: half of the memory that is free.
+    """
+
+    text: TextOptions
+    own_tokens: int = 0
+    holds_out: bool = False
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the calibrated methods and the sensitivities share.
+
+    Attributes:
+        maps: where the rows of the tensors that are reached come from, by tensor name.
+        tokens: int64 (sequences, length), to calibrate on.
+        held_out: int64 (sequences, length), to judge by; none of `tokens` unless there is a single sequence.
+        inputs: what every result depends on.
+        memory: bytes for hidden states.
+        description: of the calibration, for the file's metadata.
+    """
+
+    model: LayeredModel
+    source: Source
+    maps: Mapping[str, RowMap]
+    tokens: torch.Tensor
+    held_out: torch.Tensor
+    inputs: Inputs
+    memory: int
+    description: Sequence[str]
+
+    def depths(self, plan: Plan) -> dict[Place, int]:
+        """The depth of each matrix that becomes TRIT."""
+        depths = {tensor.name: plan.choice(tensor).depth for tensor in self.source.tensors}
+        return {
+            place: depth
+            for name, rows in self.maps.items()
+            if (depth := depths[name]) is not None
+            for place in rows.places
+        }
+
+    def store(self, kind: str, **also: Any) -> LayerStore:
+        """The place in the cache of a result of a kind. `also` is what else it depends on: see `Inputs`."""
+        return LayerStore(replace(self.inputs, kind=kind, **also), self.source.origin.name)
+
+    def check_room(self, plan: Plan, store: LayerStore, *, with_offsets: bool) -> None:
+        """See, before long work, that memory and disk hold a calibration. Says what is needed. Raises TritError."""
+        mine = [t for t in self.source.tensors if t.name in self.maps and plan.choice(t).depth is not None]
+        n_weights = sum(math.prod(tensor.shape) for tensor in mine)
+        kept = sum(n_bytes(t.shape, plan.type_of(t)) for t in mine) + (2 * n_weights if with_offsets else 0)
+        hidden = 4 * _STREAMS * (self.tokens.numel() * self.model.width)
+        needed = _least_memory(self.source, self.tokens.shape[1]) + min(hidden, self.memory)
+        scratch = max(0, hidden - self.memory)
+        if needed > (there := total_memory()):
+            n, length = self.tokens.numel(), self.tokens.shape[1]
+            raise TritError(
+                f"calibrating {self.source.name} on {n} tokens in sequences of {length} "
+                f"needs {show(needed)} of memory, and the machine has {show(there)}: lower --memory, --calib-tokens or "
+                "--calib-seq"
+            )
+        note(f"needs {show(needed)} of memory, and {show(kept + scratch)} on disk in {cache.folder()}")
+        store.entry.check_space(kept + scratch)
+
+
+def prepare(source: Source, plan: Plan, options: CalibrationOptions) -> Context:
+    """Load the model, find out what a calibration reaches of it, and read the text.
+
+    Raises:
+        TritError: transformers cannot load the model, too little of it is reached, or the text will not do.
+    """
+    origin = source.origin
+    with _status("loading the model"):
+        model = LayeredModel(origin.folder, origin.gguf_file)
+        _take_head(model, source.tensors)
+        reach = find_reach(model, source.architecture, source.tensors, plan)
+    if reach.missed:
+        names = ", ".join(tensor.name for tensor in reach.missed)
+        note(f"calibration does not reach {names}: by plain search")
+    with _status("reading the text"):
+        text = fitting(options.text, model)
+        texts, n_made_up = rare_words.fill(render(text.documents, model.tokenizer), model.tokenizer, text.seed)
+        tokens = sequences(texts, text, model.tokenizer)
+    if text.length < options.text.length:
+        note(f"the model takes {text.length} tokens at a time: so long are the sequences, not {options.text.length}")
+    if n_made_up:
+        note(f"the text has {rare_words.PLACEHOLDER} for {n_made_up} rare words: made-up ones stand in for them")
+    n_read = len(tokens)
+    held_out = tokens[:0]
+    if options.holds_out:
+        tokens, held_out = hold_out(tokens)
+    seed = text.seed
+    inputs = Inputs("own text", digest_of_files(origin.files()), digest_of_tokens(tokens), seed, model.machinery)
+    n_own = 0
+    if options.own_tokens:
+        n_own = -(-options.own_tokens // tokens.shape[1])
+        with share_bar() as bar:
+            task = bar.add_task("the model writes text", total=None)
+            own = own_text.write(
+                model,
+                tokens,
+                n_own,
+                seed,
+                LayerStore(inputs, origin.name),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        tokens = torch.cat([tokens, own])
+        inputs = replace(inputs, tokens=digest_of_tokens(tokens))
+    note(f"calibrating on {len(tokens)} sequences of {tokens.shape[1]} tokens, in {model.precision} on {model.device}")
+    description = [
+        *text.names,
+        *([f"{n_made_up} rare words made up"] if n_made_up else []),
+        f"{n_read + n_own} sequences of {tokens.shape[1]} tokens",
+        *([f"{n_own} that the model wrote"] if n_own else []),
+        f"seed {seed}",
+        model.precision,
+    ]
+    memory = free_memory() // 2 if options.memory is None else options.memory
+    return Context(model, source, reach.maps, tokens, held_out, inputs, memory, description)
+
+
+def sensitivities(context: Context) -> sensitivity.Losses:
+    """The predicted losses of the tensors that are reached, in each type. Raises TritError."""
+    store = context.store("sensitivity", matrices=sensitivity.origins(context.maps))
+    with _status("sensitivity") as status:
+        progress: Callable[[str], None] = getattr(status, "update", lambda _: None)
+        return sensitivity.measure(context.model, context.maps, context.tokens, context.inputs.seed, store, progress)
+
+
+def fitting(text: TextOptions, model: LayeredModel) -> TextOptions:
+    """The options with sequences as long as the model takes, at most."""
+    if model.longest is None or text.length <= model.longest:
+        return text
+    return replace(text, length=model.longest)
+
+
+def _take_head(model: LayeredModel, tensors: Sequence[SourceTensor]) -> None:
+    """Let the model predict with the output matrix that the file will have."""
+    for tensor in tensors:
+        if tensor.kind is Kind.OUTPUT:
+            model.head_is(torch.from_numpy(np.require(tensor.load(), requirements="W")))
+
+
+def _least_memory(source: Source, length: int) -> int:
+    """Bytes that a calibration needs besides hidden states: a layer twice, and statistics of its largest matrix."""
+    layers: dict[str, int] = {}
+    longest = 0
+    for tensor in source.tensors:
+        if tensor.kind is Kind.MATRIX:
+            layer = tensor.name.rpartition("blk.")[2].partition(".")[0]
+            layers[layer] = layers.get(layer, 0) + math.prod(tensor.shape)
+            longest = max(longest, tensor.shape[-1])
+    return 4 * (2 * max(layers.values(), default=0) + _STATISTICS * longest**2 + length**2)
+
+
+def total_memory() -> int:
+    """Bytes of memory that the machine has; where it does not say, more than any has."""
+    if not hasattr(os, "sysconf"):
+        return 1 << 62
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory() -> int:
+    """Bytes of memory that programs can still have, about."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except (OSError, ValueError):
+        pass  # not Linux
+    return total_memory() // 2 if total_memory() < 1 << 62 else 4 << 30
+
+
+def _status(what: str) -> AbstractContextManager[Any]:
+    """Shows what is done, on a terminal."""
+    return err.status(what) if err.is_terminal else nullcontext()
