@@ -69,6 +69,46 @@ def quantize(depth: int, weights: np.ndarray, importance: np.ndarray | None = No
     return out
 
 
+def kernels() -> list[str]:
+    """The kernels of the search and of gptq that run here, the best first."""
+    names = [name for name in ("avx512", "avx2", "plain") if base().ggml_trit_use_kernels(name.encode())]
+    use_kernels(None)
+    return names
+
+
+def use_kernels(name: str | None) -> None:
+    """Take one of `kernels()` from now on, the best for None."""
+    function = base().ggml_trit_use_kernels
+    function.restype = ctypes.c_bool
+    assert function(None if name is None else name.encode())
+
+
+def search(
+    depth: int, weights: np.ndarray, importance: np.ndarray | None, *, reference: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale indexes uint8 (n, 4) of blocks float32 (n, 64), and bool (n,), whether the type can hold each.
+
+    Args:
+        depth: trits per weight.
+        weights: of the blocks.
+        importance: float32 (n, 64), or None.
+        reference: by the search of single blocks in place of the kernels.
+    """
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    importance = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    indexes, found = np.zeros((len(weights), 4), np.uint8), np.zeros(len(weights), bool)
+    function = base().ggml_trit_search_ref if reference else base().ggml_trit_search
+    function(
+        ctypes.c_int(depth),
+        ctypes.c_int64(len(weights)),
+        _pointer(weights),
+        _pointer(importance),
+        _pointer(indexes),
+        _pointer(found),
+    )
+    return indexes, found
+
+
 def dequantize(depth: int, data: np.ndarray) -> np.ndarray:
     """float32 (n, 64): the weights of blocks uint8 (n, bytes)."""
     out = np.zeros((len(data), BLOCK_SIZE), dtype=np.float32)

@@ -23,7 +23,8 @@ def blocks(draw: st.DrawFn, max_blocks: int = 8) -> Blocks:
     return Blocks(depth, codes, scales)
 
 
-def _weights(kind: str, seed: int, n: int, size: float) -> np.ndarray:
+def some_weights(kind: str, seed: int, n: int, size: float) -> np.ndarray:
+    """float32 (n, 64), of one of `KINDS`: weights that every TRIT type can hold."""
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal((n, BLOCK_SIZE)) * size).astype(np.float32)
     if kind == "heavy tails":
@@ -60,7 +61,7 @@ KINDS = (
 @st.composite
 def weights(draw: st.DrawFn, max_blocks: int = 40) -> np.ndarray:
     """float32 (n, 64): weights that every TRIT type can hold."""
-    return _weights(
+    return some_weights(
         draw(st.sampled_from(KINDS)),
         draw(st.integers(0, 2**32 - 1)),
         draw(st.integers(1, max_blocks)),

@@ -46,6 +46,32 @@ def test_equal_importances_are_none(w: np.ndarray, depth: int) -> None:
 
 
 @settings(deadline=None)
+@given(weights(), depths, st.integers(0, 2**32 - 1), st.sampled_from(["none", "equal", "unequal", "wild"]))
+def test_all_kernels_find_what_the_search_of_single_blocks_finds(
+    w: np.ndarray, depth: int, seed: int, weighted: str
+) -> None:
+    """Also where blocks are refused, errors are equal, and importances say nothing."""
+    rng = np.random.default_rng(seed)
+    w *= rng.choice(np.array([1, 1, 8], np.float32), (len(w), 1))  # above the range, some
+    if seed % 3 == 0:
+        w = w.round(2)  # equal errors
+    if seed % 5 == 0:
+        w[rng.random(w.shape) < 0.01] = rng.choice([np.nan, np.inf, -np.inf])
+    q = np.exp(rng.standard_normal(w.shape)).astype(np.float32)
+    if weighted == "wild":
+        for value in (np.nan, np.inf, -np.inf, 3e38, 0):
+            q[rng.random(w.shape) < 0.02] = value
+    importance = {"none": None, "equal": np.ones_like(w)}.get(weighted, q)
+    indexes, found = ggml.search(depth, w, importance, reference=True)
+    for kernels in ggml.kernels():
+        ggml.use_kernels(kernels)
+        got, got_found = ggml.search(depth, w, importance)
+        ggml.use_kernels(None)
+        assert np.array_equal(got_found, found)
+        assert np.array_equal(got[found], indexes[found])
+
+
+@settings(deadline=None)
 @given(weights(), depths)
 def test_codes_are_the_nearest(w: np.ndarray, depth: int) -> None:
     got = search(w, depth)

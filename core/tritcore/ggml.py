@@ -1,5 +1,8 @@
 """ggml's own encoders, from the installed llama-cpp-python: the reference in C, and the fastest on a CPU.
 
+`gptq_quantize` and `gptq_descend` work on transposed rows of blocks: float32 (64, rows), the scales of groups (4, rows).
+These arrays may be parts `array[:, first:last]` of larger ones, so that threads can share the rows of one.
+
 The library is loaded by itself: it needs neither a backend nor a model. Calls let go of Python's lock, so threads
 encode at the same time.
 """
@@ -70,9 +73,123 @@ def measure_reach(weights: np.ndarray, depth: int) -> Reach:
 
 
 def reaches(depth: int, parts: Sequence[Reach]) -> bool:
-    """Whether the TRIT type of a depth reaches down to a tensor, given all its rows: docs/format.md has the rule."""
+    """Whether the TRIT type of a depth reaches down to a tensor, by the rule of docs/reference/format.md."""
     whole = Reach(sum(part.energy for part in parts), sum(part.excess for part in parts))
     return bool(_library().ggml_trit_reaches(ctypes.c_int(depth), ctypes.byref(whole)))
+
+
+class Columns:
+    """The statistics of a block of 64 columns for gptq, given other columns."""
+
+    def __init__(self, feedback: np.ndarray, importance: np.ndarray, hessian: np.ndarray, inverse: np.ndarray) -> None:
+        """Copy.
+
+        Args:
+            feedback: (64, 64), read above the diagonal: [i, j] is the share of the error of column i that goes into
+                column j.
+            importance: (64,), the weights of squared errors in the search of scales.
+            hessian: (64, 64), symmetric.
+            inverse: (64, 64), of the Hessian.
+        """
+        arrays = (feedback, importance, hessian, inverse)
+        self._arrays = [np.array(array, dtype=np.float32, order="C") for array in arrays]
+        self.struct = _Columns(*map(_pointer, self._arrays))
+
+
+def gptq_quantize(
+    depth: int, columns: Columns, aims: np.ndarray, values: np.ndarray, scales: np.ndarray, indexes: np.ndarray
+) -> int | None:
+    """Search the scales of a block of columns, then quantize column after column.
+
+    Column j is rounded to the multiple of its scale that is nearest to its aim plus the sum over the columns i before
+    of feedback[i, j] times the error of column i, its aim less its value. All CPUs give the same bits, and so does any
+    split of the rows.
+
+    Args:
+        depth: trits per weight, 1..4.
+        columns: the statistics of the columns.
+        aims: float32 (64, rows), the weights, with the feedback of other blocks.
+        values: float32 (64, rows), output.
+        scales: float32 (4, rows), output, the scale of each group.
+        indexes: uint8 (rows, 4), contiguous, output, the scale indexes.
+
+    Returns:
+        The first row that is not finite or above the range of the scales, None if there is none. The output of this row
+        and of later ones is undefined.
+    """
+    refused = _library().ggml_trit_gptq_quantize(
+        ctypes.c_int(depth),
+        ctypes.c_int64(aims.shape[1]),
+        ctypes.byref(columns.struct),
+        ctypes.byref(_Matrix.of(aims)),
+        ctypes.byref(_Matrix.of(values)),
+        ctypes.byref(_Scales(_Matrix.of(scales), _pointer(indexes))),
+    )
+    return None if refused < 0 else int(refused)
+
+
+def gptq_descend(
+    depth: int,
+    columns: Columns,
+    gradient: np.ndarray,
+    values: np.ndarray,
+    scales: np.ndarray,
+    indexes: np.ndarray,
+    *,
+    search: bool,
+) -> int | None:
+    """Coordinate descent: move each column in turn to the multiple of its scale of least error, given all others.
+
+    With `search`, other scales are tried too: those for the values that are best without rounding, quantized as by
+    `gptq_quantize`, with a descent of their own. A row takes them where its error gets less.
+
+    Args:
+        depth: trits per weight, 1..4.
+        columns: the statistics of the columns, given all others.
+        gradient: float32 (64, rows), half the gradient of the squared error of the products.
+        values: float32 (64, rows), changed.
+        scales: float32 (4, rows), changed where `search` finds better ones.
+        indexes: uint8 (rows, 4), contiguous, changed with the scales.
+        search: whether to try other scales.
+
+    Returns:
+        The first row whose values are not finite, None if there is none. This row and later ones may be unchanged.
+    """
+    refused = _library().ggml_trit_gptq_descend(
+        ctypes.c_int(depth),
+        ctypes.c_int64(values.shape[1]),
+        ctypes.byref(columns.struct),
+        ctypes.c_bool(search),
+        ctypes.byref(_Matrix.of(gradient)),
+        ctypes.byref(_Matrix.of(values)),
+        ctypes.byref(_Scales(_Matrix.of(scales), _pointer(indexes))),
+    )
+    return None if refused < 0 else int(refused)
+
+
+class _Matrix(ctypes.Structure):
+    """`struct ggml_trit_gptq_matrix`."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "_Matrix":
+        """Of float32 (columns, rows), rows side by side. It does not keep the array alive."""
+        if array.dtype != np.float32 or (array.shape[1] > 1 and array.strides[1] != array.itemsize):
+            raise ValueError("the array is not float32, or its rows do not lie side by side")
+        return cls(array.ctypes.data, array.strides[0] // array.itemsize)
+
+
+class _Scales(ctypes.Structure):
+    """`struct ggml_trit_gptq_scales`."""
+
+    _fields_ = (("scale", _Matrix), ("indexes", ctypes.c_void_p))
+
+
+class _Columns(ctypes.Structure):
+    """`struct ggml_trit_gptq_columns`."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("feedback", "importance", "hessian", "inverse"))
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:
@@ -97,4 +214,6 @@ def _library() -> ctypes.CDLL:
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_trit_measure_reach.restype = None
     library.ggml_trit_reaches.restype = ctypes.c_bool
+    library.ggml_trit_gptq_quantize.restype = ctypes.c_int64
+    library.ggml_trit_gptq_descend.restype = ctypes.c_int64
     return library

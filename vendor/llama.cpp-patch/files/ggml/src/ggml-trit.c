@@ -2,6 +2,7 @@
 // This file is compiled without floating-point contraction, so that every platform picks the same blocks.
 
 #include "ggml-trit.h"
+#include "ggml-trit-tile.h"
 #include "ggml-impl.h"
 
 #include <assert.h>
@@ -221,39 +222,9 @@ static void dequantize_row(int depth, const uint16_t * GGML_RESTRICT words, floa
 
 //
 // quantization: search of the anchor, the scale indexes and the codes of least (weighted) squared error
+// ggml-trit-tile.h has the lattice that the scales lie on. Blocks are searched 16 at a time by the kernels there. What stands
+// here, block by block, is their reference: they do the same operations in the same order.
 //
-// All scales of a depth lie, up to the rounding of the ratios, on one lattice of sixth-octave steps:
-// position p stands for the scale 3^(2 - depth) * 2^(3 - (p - 13)/6), a larger p for a smaller scale.
-// An anchor n puts group 0 at p = n + 13 and lets group g > 0 take p = n + k_g.
-//
-
-#define N_POS      (TRIT_N_ANCHORS + TRIT_N_SCALES - 1)
-#define POS_ANCHOR 13                                   // position of the anchor n = 0
-#define POS_LAST   (POS_ANCHOR + TRIT_N_ANCHORS - 1)    // position of the last anchor
-
-// a group whose weights all lie below half of F16's least subnormal is a group of zeros
-#define TRIT_ZERO 0x1p-25f
-
-// how many positions below its clipping point a group's scale is searched, per depth:
-// few levels gain from clipping the largest weights, many levels do not
-static const int search_depth[5] = { 0, 10, 6, 5, 4 };
-
-struct scale_lattice {
-    float scale[N_POS];
-    float inv  [N_POS];
-    float code_max;
-    int   search_depth;
-};
-
-static void init_lattice(struct scale_lattice * lat, int depth) {
-    lat->code_max     = code_max[depth];
-    lat->search_depth = search_depth[depth];
-    for (int p = 0; p < N_POS; ++p) {
-        // three octaves up and down again, to keep the index positive
-        lat->scale[p] = ldexpf(anchor_value(depth, p - POS_ANCHOR + 18), 3) * TRIT_RATIO_ONE;
-        lat->inv[p]   = 1.0f/lat->scale[p];
-    }
-}
 
 static float round_to_code(float x, float code_max) {
     x = x < -code_max ? -code_max : x;
@@ -262,7 +233,7 @@ static float round_to_code(float x, float code_max) {
 }
 
 // squared error of a group at position p; the sum is a tree, so that vector code can do it in the same order
-static float group_error(const struct scale_lattice * lat, int p, const float * x, const float * weight) {
+static float group_error(const struct trit_lattice * lat, int p, const float * x, const float * weight) {
     float e[QG_TRIT];
     for (int i = 0; i < QG_TRIT; ++i) {
         const float diff = x[i] - round_to_code(x[i]*lat->inv[p], lat->code_max)*lat->scale[p];
@@ -277,18 +248,18 @@ static float group_error(const struct scale_lattice * lat, int p, const float * 
 }
 
 // the smallest scale that holds x_max without clipping; -1 if there is none
-static int clipping_position(const struct scale_lattice * lat, float x_max) {
-    int p = N_POS - 1;
-    while (p >= 0 && lat->scale[p]*lat->code_max < x_max) {
+static int clipping_position(const struct trit_lattice * lat, float x_max) {
+    int p = TRIT_N_POS - 1;
+    while (p >= 0 && lat->reach[p] < x_max) {
         --p;
     }
     return p;
 }
 
 // scale indexes of the block; false if it is not finite, or above the range
-static bool search_scales(const struct scale_lattice * lat, const float * x, const float * weight, uint8_t k[NG_TRIT]) {
+static bool search_scales(const struct trit_lattice * lat, const float * x, const float * weight, uint8_t k[NG_TRIT]) {
     int top[NG_TRIT];
-    int top_min = N_POS;
+    int top_min = TRIT_N_POS;
     int top_max = -1;
     for (int g = 0; g < NG_TRIT; ++g) {
         float x_max = 0.0f;
@@ -298,16 +269,16 @@ static bool search_scales(const struct scale_lattice * lat, const float * x, con
             }
             x_max = MAX(x_max, fabsf(x[QG_TRIT*g + i]));
         }
-        top[g] = x_max < TRIT_ZERO ? N_POS : clipping_position(lat, x_max);
-        if (top[g] < (g == 0 ? POS_ANCHOR : 0)) {
+        top[g] = x_max < TRIT_ZERO ? TRIT_N_POS : clipping_position(lat, x_max);
+        if (top[g] < (g == 0 ? TRIT_POS_ANCHOR : 0)) {
             return false; // above the range
         }
-        if (top[g] < N_POS) {
+        if (top[g] < TRIT_N_POS) {
             top_min = MIN(top_min, top[g]);
             top_max = MAX(top_max, top[g]);
         }
     }
-    if (top_min == N_POS) {
+    if (top_min == TRIT_N_POS) {
         memset(k, TRIT_N_SCALES/2, NG_TRIT); // zeros
         return true;
     }
@@ -315,9 +286,9 @@ static bool search_scales(const struct scale_lattice * lat, const float * x, con
     // Candidates: from one position above the clipping point of the largest group to some below that of the
     // smallest group; they include every compromise between groups that do not reach each other's scales.
     // A block below the range has the last anchor.
-    const int first = MIN(MAX(top_min - 1, 0), POS_LAST);
-    const int last  = MAX(MIN(top_max + lat->search_depth, N_POS - 1), POS_ANCHOR);
-    float error[NG_TRIT][N_POS];
+    const int first = MIN(MAX(top_min - 1, 0), TRIT_POS_LAST);
+    const int last  = MAX(MIN(top_max + lat->search_depth, TRIT_N_POS - 1), TRIT_POS_ANCHOR);
+    float error[NG_TRIT][TRIT_N_POS];
     for (int g = 0; g < NG_TRIT; ++g) {
         for (int p = first; p <= last; ++p) {
             error[g][p] = group_error(lat, p, x + QG_TRIT*g, weight ? weight + QG_TRIT*g : NULL);
@@ -325,8 +296,8 @@ static bool search_scales(const struct scale_lattice * lat, const float * x, con
     }
 
     float best = INFINITY;
-    for (int p0 = MAX(first, POS_ANCHOR); p0 <= MIN(last, POS_LAST); ++p0) {
-        const int n = p0 - POS_ANCHOR;
+    for (int p0 = MAX(first, TRIT_POS_ANCHOR); p0 <= MIN(last, TRIT_POS_LAST); ++p0) {
+        const int n = p0 - TRIT_POS_ANCHOR;
 
         // best index of each group in each class modulo 3, since the sum of the classes is tied to n
         float class_error[NG_TRIT][3];
@@ -362,7 +333,7 @@ static bool search_scales(const struct scale_lattice * lat, const float * x, con
     return best < INFINITY || (weight && search_scales(lat, x, NULL, k));
 }
 
-static void nearest_codes(const struct scale_lattice * lat, int depth, const float * x, struct ggml_trit_block * block) {
+static void nearest_codes(const struct trit_lattice * lat, int depth, const float * x, struct ggml_trit_block * block) {
     const float anchor = ggml_trit_anchor(depth, block->k);
     for (int i = 0; i < QK_TRIT; ++i) {
         block->code[i] = (int8_t) round_to_code(x[i] / (anchor * group_ratio(block->k, i/QG_TRIT)), lat->code_max);
@@ -381,40 +352,95 @@ static float mean_square(const float * GGML_RESTRICT x, int64_t k) {
     return (float) (sum/k);
 }
 
-static void quantize_row(int depth, const float * GGML_RESTRICT x, uint16_t * GGML_RESTRICT words, int64_t k, const float * GGML_RESTRICT imatrix) {
-    assert(k % QK_TRIT == 0);
-
-    struct scale_lattice lat;
-    init_lattice(&lat, depth);
-
-    const float sigma2   = imatrix || depth > TRIT_WEIGHTED_DEPTH ? 0.0f : mean_square(x, k);
-    const bool  weighted = sigma2 > 0.0f && isfinite(sigma2); // a row that is not finite will be refused
-
-    for (int64_t ib = 0; ib < k/QK_TRIT; ++ib, x += QK_TRIT, words += n_words[depth]) {
-        float own_weight[QK_TRIT];
-        for (int i = 0; weighted && i < QK_TRIT; ++i) {
-            own_weight[i] = 2.0f + x[i]*x[i]/sigma2;
+// A tile of blocks: lane r has block r, lanes without a block are zero.
+static void to_tile(float * GGML_RESTRICT tile, const float * GGML_RESTRICT x, int n_blocks) {
+    if (n_blocks < TRIT_TILE) {
+        memset(tile, 0, QK_TRIT*TRIT_TILE*sizeof(float));
+    }
+    for (int r = 0; r < n_blocks; ++r) {
+        for (int i = 0; i < QK_TRIT; ++i) {
+            tile[i*TRIT_TILE + r] = x[r*QK_TRIT + i];
         }
-        const float * weight = imatrix ? imatrix + ib*QK_TRIT : weighted ? own_weight : NULL;
-
-        struct ggml_trit_block block;
-        if (!search_scales(&lat, x, weight, block.k)) {
-            for (int l = 0; l < n_words[depth]; ++l) {
-                words[l] = 1; // not the encoding of any trits
-            }
-            continue;
-        }
-        nearest_codes(&lat, depth, x, &block);
-        ggml_trit_pack(depth, &block, words);
     }
 }
 
-static size_t quantize(enum ggml_type type, int depth, const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
-    const size_t row_size = ggml_row_size(type, n_per_row);
-    for (int64_t row = 0; row < nrows; ++row) {
-        quantize_row(depth, src + row*n_per_row, (uint16_t *) ((char *) dst + row*row_size), n_per_row, imatrix);
+// Scale indexes of up to 16 blocks, by the kernels. weight: of each entry of x, may be NULL.
+static void search_tile(const struct trit_lattice * lat, const float * x, const float * weight, int n_blocks, uint8_t k[TRIT_TILE][NG_TRIT], bool found[TRIT_TILE]) {
+    TRIT_ALIGNED float x_tile     [QK_TRIT*TRIT_TILE];
+    TRIT_ALIGNED float weight_tile[QK_TRIT*TRIT_TILE];
+    to_tile(x_tile, x, n_blocks);
+    if (weight) {
+        to_tile(weight_tile, weight, n_blocks);
     }
-    return nrows * row_size;
+    trit_kernels()->search(lat, x_tile, weight ? weight_tile : NULL, k, found);
+}
+
+void ggml_trit_search(int depth, int64_t n_blocks, const float * x, const float * weight, uint8_t * k, bool * found) {
+    struct trit_lattice lat;
+    trit_init_lattice(&lat, depth);
+    for (int64_t ib = 0; ib < n_blocks; ib += TRIT_TILE) {
+        const int n = (int) MIN(n_blocks - ib, TRIT_TILE);
+        uint8_t k_tile[TRIT_TILE][NG_TRIT];
+        bool found_tile[TRIT_TILE];
+        search_tile(&lat, x + ib*QK_TRIT, weight ? weight + ib*QK_TRIT : NULL, n, k_tile, found_tile);
+        memcpy(k + ib*NG_TRIT, k_tile, n*NG_TRIT);
+        memcpy(found + ib, found_tile, n*sizeof(bool));
+    }
+}
+
+void ggml_trit_search_ref(int depth, int64_t n_blocks, const float * x, const float * weight, uint8_t * k, bool * found) {
+    struct trit_lattice lat;
+    trit_init_lattice(&lat, depth);
+    for (int64_t ib = 0; ib < n_blocks; ++ib) {
+        found[ib] = search_scales(&lat, x + ib*QK_TRIT, weight ? weight + ib*QK_TRIT : NULL, k + ib*NG_TRIT);
+    }
+}
+
+static void quantize_rows(int depth, const float * GGML_RESTRICT x, uint16_t * GGML_RESTRICT words, int64_t n_rows, int64_t n_per_row, const float * GGML_RESTRICT imatrix) {
+    assert(n_per_row % QK_TRIT == 0);
+
+    struct trit_lattice lat;
+    trit_init_lattice(&lat, depth);
+
+    const bool    own_weights = !imatrix && depth <= TRIT_WEIGHTED_DEPTH;
+    const int64_t n_per_row_blocks = n_per_row/QK_TRIT;
+    const int64_t n_blocks = n_rows*n_per_row_blocks;
+    float sigma2 = 0.0f;
+    for (int64_t first = 0; first < n_blocks; first += TRIT_TILE, x += TRIT_TILE*QK_TRIT) {
+        const int n = (int) MIN(n_blocks - first, TRIT_TILE);
+
+        float weight[TRIT_TILE*QK_TRIT];
+        for (int r = 0; r < n; ++r) {
+            const int64_t column = (first + r) % n_per_row_blocks * QK_TRIT;
+            const float * xr = x + r*QK_TRIT;
+            float * w = weight + r*QK_TRIT;
+            if (imatrix) {
+                memcpy(w, imatrix + column, QK_TRIT*sizeof(float));
+            } else if (own_weights) {
+                sigma2 = column == 0 ? mean_square(xr, n_per_row) : sigma2;
+                const bool weighted = sigma2 > 0.0f && isfinite(sigma2); // a row that is not finite will be refused
+                for (int i = 0; i < QK_TRIT; ++i) {
+                    w[i] = weighted ? 2.0f + xr[i]*xr[i]/sigma2 : 1.0f;
+                }
+            }
+        }
+
+        uint8_t k[TRIT_TILE][NG_TRIT];
+        bool found[TRIT_TILE];
+        search_tile(&lat, x, imatrix || own_weights ? weight : NULL, n, k, found);
+        for (int r = 0; r < n; ++r, words += n_words[depth]) {
+            if (!found[r]) {
+                for (int l = 0; l < n_words[depth]; ++l) {
+                    words[l] = 1; // not the encoding of any trits
+                }
+                continue;
+            }
+            struct ggml_trit_block block;
+            memcpy(block.k, k[r], NG_TRIT);
+            nearest_codes(&lat, depth, x + r*QK_TRIT, &block);
+            ggml_trit_pack(depth, &block, words);
+        }
+    }
 }
 
 //
@@ -438,9 +464,9 @@ static double sum_of_squares(const double * x) {
 }
 
 void ggml_trit_measure_reach(int depth, const float * x, int64_t n_blocks, struct ggml_trit_reach * reach) {
-    struct scale_lattice lat;
-    init_lattice(&lat, depth);
-    const float least = lat.scale[POS_LAST]*lat.code_max;
+    struct trit_lattice lat;
+    trit_init_lattice(&lat, depth);
+    const float least = lat.scale[TRIT_POS_LAST]*lat.code_max;
 
     for (int64_t ib = 0; ib < n_blocks; ++ib, x += QK_TRIT) {
         double weight[QK_TRIT];
@@ -477,13 +503,14 @@ bool ggml_trit_reaches(int depth, const struct ggml_trit_reach * reach) {
 
 #define TRIT_TYPE(depth) \
 void quantize_row_trit##depth##_ref(const float * GGML_RESTRICT x, block_trit##depth * GGML_RESTRICT y, int64_t k) { \
-    quantize_row(depth, x, (uint16_t *) y, k, NULL); \
+    quantize_rows(depth, x, (uint16_t *) y, 1, k, NULL); \
 } \
 void dequantize_row_trit##depth(const block_trit##depth * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) { \
     dequantize_row(depth, (const uint16_t *) x, y, k); \
 } \
 size_t quantize_trit##depth(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) { \
-    return quantize(GGML_TYPE_TRIT##depth, depth, src, dst, nrows, n_per_row, imatrix); \
+    quantize_rows(depth, src, (uint16_t *) dst, nrows, n_per_row, imatrix); \
+    return nrows * ggml_row_size(GGML_TYPE_TRIT##depth, n_per_row); \
 }
 
 TRIT_TYPE(1)

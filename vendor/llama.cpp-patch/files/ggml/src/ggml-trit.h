@@ -48,6 +48,11 @@ GGML_API void quantize_row_trit2_ref(const float * GGML_RESTRICT x, block_trit2 
 GGML_API void quantize_row_trit3_ref(const float * GGML_RESTRICT x, block_trit3 * GGML_RESTRICT y, int64_t k);
 GGML_API void quantize_row_trit4_ref(const float * GGML_RESTRICT x, block_trit4 * GGML_RESTRICT y, int64_t k);
 
+// Scale indexes, 4 for each block, of least squared error. weight: of the squared error of each entry of x, or NULL.
+// found: whether the type can hold the block. _ref is the reference, which gives the same.
+GGML_API void ggml_trit_search    (int depth, int64_t n_blocks, const float * x, const float * weight, uint8_t * k, bool * found);
+GGML_API void ggml_trit_search_ref(int depth, int64_t n_blocks, const float * x, const float * weight, uint8_t * k, bool * found);
+
 // How well a type reaches down to the weights of a tensor: sums over its blocks, zero at first.
 struct ggml_trit_reach {
     double energy; // of all weights: the sum of their squares
