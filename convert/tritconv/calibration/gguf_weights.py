@@ -122,6 +122,7 @@ class GgufWeights:
             with (
                 replaced(gguf, "GGUFReader", lambda _: reader),
                 replaced(self._library, "get_gguf_hf_weights_map", names_once),
+                replaced(self._library, "tqdm", lambda tensors, **_: tensors),  # a progress bar for each tensor
             ):
                 loaded = self._load(self._path, return_tensors=True, model_to_load=self._model, torch_dtype=self._dtype)
         tensors_by_name: dict[str, torch.Tensor] = loaded["tensors"]

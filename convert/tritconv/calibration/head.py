@@ -1,14 +1,16 @@
 """The gradients of the predictions, with the output matrix in memory in chunks."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
-Logits = Callable[[torch.Tensor, range], torch.Tensor]  # of hidden states, for a range of the vocabulary
+Logits = Callable[[torch.Tensor], torch.Tensor]  # of hidden states
+OpenChunk = Callable[[range], AbstractContextManager[Logits]]  # for a range of the vocabulary
 
 
 def label_gradients(
-    logits: Logits, hidden: torch.Tensor, chunks: Sequence[range], generator: torch.Generator
+    open_chunk: OpenChunk, hidden: torch.Tensor, chunks: Sequence[range], generator: torch.Generator
 ) -> torch.Tensor:
     """The gradients of -log p(label), labels drawn from the predictions.
 
@@ -17,7 +19,7 @@ def label_gradients(
     one pass does both.
 
     Args:
-        logits: float32 (sequences, length, rows) for a chunk of the vocabulary, with gradients.
+        open_chunk: gives float32 (sequences, length, rows) for a chunk of the vocabulary, with gradients.
         hidden: float32 (sequences, length, width).
         chunks: of the vocabulary, in order.
 
@@ -28,20 +30,20 @@ def label_gradients(
     out = torch.zeros_like(hidden)
     sums = torch.empty(*hidden.shape[:2], len(chunks))  # logarithms of sums of exponentials
     if len(chunks) > 1:
-        with torch.no_grad():
-            for number, chunk in enumerate(chunks):
+        for number, chunk in enumerate(chunks):
+            with torch.no_grad(), open_chunk(chunk) as logits:
                 for i in range(len(hidden)):
-                    sums[i, :, number] = logits(hidden[i : i + 1], chunk)[0].logsumexp(dim=-1)
+                    sums[i, :, number] = logits(hidden[i : i + 1])[0].logsumexp(dim=-1)
     for number, chunk in enumerate(chunks):
-        for i in range(len(hidden)):
-            with torch.enable_grad():
+        with torch.enable_grad(), open_chunk(chunk) as logits:
+            for i in range(len(hidden)):
                 part = hidden[i : i + 1].detach().requires_grad_()
-                found = logits(part, chunk)
-            values = found.detach()[0]
-            if len(chunks) == 1:
-                sums[i, :, 0] = values.logsumexp(dim=-1)
-            gradient = _of_logits(values, sums[i], draws[i], number)
-            out[i] += torch.autograd.grad(found, part, gradient[None])[0][0]
+                found = logits(part)
+                values = found.detach()[0]
+                if len(chunks) == 1:
+                    sums[i, :, 0] = values.logsumexp(dim=-1)
+                gradient = _of_logits(values, sums[i], draws[i], number)
+                out[i] += torch.autograd.grad(found, part, gradient[None])[0][0]
     return out
 
 

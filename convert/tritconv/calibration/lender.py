@@ -41,6 +41,7 @@ class Lender(TorchFunctionMode):
         self._kept: dict[str, torch.Tensor] = {}
         self._head = id(head)
         self.rows: range | None = None
+        self._open: torch.Tensor | None = None  # those rows
 
     def add(self, parameter: torch.Tensor, name: str, is_head: bool) -> None:
         """Know another parameter."""
@@ -54,13 +55,13 @@ class Lender(TorchFunctionMode):
         return self._names.get(id(parameter))
 
     @contextmanager
-    def only(self, rows: range | None) -> Iterator[None]:
-        """Within this context, the output matrix has these rows only; all if None."""
-        before, self.rows = self.rows, rows
+    def only(self, rows: range) -> Iterator[None]:
+        """Within this context, the output matrix has these rows only, which stay in memory."""
+        self.rows = rows
         try:
             yield
         finally:
-            self.rows = before
+            self.rows, self._open = None, None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -104,18 +105,22 @@ class Lender(TorchFunctionMode):
 
     def _product(self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with the output matrix, or with some of its rows."""
-        name = self._names.get(id(weight))
-        rows = range(weight.shape[0]) if self.rows is None else self.rows
         bias = self._lend(bias)
-        step = rows_of_chunk(weight.shape[1])
+        if self.rows is not None:
+            if self._open is None:
+                self._open = self._rows(weight, self.rows)
+            return linear(x, self._open, None if bias is None else bias[self.rows.start : self.rows.stop])
         parts = []
-        for start in range(rows.start, rows.stop, step):
-            part = range(start, min(start + step, rows.stop))
-            values = weight[part.start : part.stop] if name is None else self._parameters.rows(name, part)
-            if not torch.is_autocast_enabled("cpu"):  # which casts them itself
-                values = values.float()
-            parts.append(linear(x, values, None if bias is None else bias[part.start : part.stop]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        for start in range(0, weight.shape[0], rows_of_chunk(weight.shape[1])):
+            part = range(start, min(start + rows_of_chunk(weight.shape[1]), weight.shape[0]))
+            parts.append(linear(x, self._rows(weight, part), None if bias is None else bias[start : part.stop]))
+        return torch.cat(parts, dim=-1)
+
+    def _rows(self, weight: torch.Tensor, rows: range) -> torch.Tensor:
+        """Rows of the output matrix, in the type to multiply in where that is the type of the files."""
+        name = self._names.get(id(weight))
+        values = weight[rows.start : rows.stop] if name is None else self._parameters.rows(name, rows)
+        return values if torch.is_autocast_enabled("cpu") else values.float()
 
 
 def rows_of_chunk(width: int) -> int:

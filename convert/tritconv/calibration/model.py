@@ -8,7 +8,7 @@ weights.
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -397,12 +397,13 @@ class LayeredModel:
         vocabulary, width = self._model.get_output_embeddings().weight.shape
         rows = rows_of_chunk(max(width, hidden.shape[1])) if self.head_in_chunks else vocabulary
         chunks = [range(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
-        return label_gradients(self.chunk_of_logits, hidden, chunks, torch.Generator().manual_seed(seed))
+        return label_gradients(self._chunk, hidden, chunks, torch.Generator().manual_seed(seed))
 
-    def chunk_of_logits(self, hidden: torch.Tensor, rows: range) -> torch.Tensor:
-        """As `logits`, for some of the vocabulary: float32 (sequences, length, rows)."""
+    @contextmanager
+    def _chunk(self, rows: range) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Within this context, `logits` for some of the vocabulary: float32 (sequences, length, rows)."""
         with self._lender.only(rows):
-            return self.logits(hidden)
+            yield self.logits
 
     def check_chunks(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """See whether the logits can be computed in chunks, and set `head_in_chunks`.
@@ -413,8 +414,10 @@ class LayeredModel:
         """
         half = self._model.get_output_embeddings().weight.shape[0] // 2
         parts = [range(half), range(half, self._model.get_output_embeddings().weight.shape[0])]
-        with torch.no_grad():
-            found = [self.chunk_of_logits(hidden, rows) for rows in parts]
+        found = []
+        for rows in parts:
+            with torch.no_grad(), self._chunk(rows) as logits_of:
+                found.append(logits_of(hidden))
         self.head_in_chunks = [part.shape[-1] for part in found] == [len(rows) for rows in parts] and torch.allclose(
             torch.cat(found, dim=-1), logits, rtol=1e-2, atol=1e-2
         )
