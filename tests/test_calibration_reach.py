@@ -1,7 +1,7 @@
 """What calibration reaches of a model, and that it says so before it works. No compiled llama.cpp is needed."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
@@ -16,8 +16,8 @@ from checkpoints import VOCABULARY, make_bpe_tokenizer, write_sentencepiece
 from gguf import GGMLQuantizationType, quants
 from safetensors.torch import load_file, save_file
 
-from tritconv.calibrate import Calibration, CalibrationOptions, Origin, calibrate
 from tritconv.calibration import model as model_module
+from tritconv.calibration.context import CalibrationOptions, prepare
 from tritconv.calibration.documents import Document
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
@@ -25,11 +25,15 @@ from tritconv.calibration.moments import Moments
 from tritconv.calibration.reach import Reach, find_reach
 from tritconv.calibration.rows import RowIndex, RowMap
 from tritconv.calibration.text import TextOptions
+from tritconv.convert import Job, hf_to_gguf
+from tritconv.methods import Finished
+from tritconv.methods.gptq import Gptq
 from tritconv.methods.gptq import layers as layerwise
 from tritconv.methods.gptq import matrix as gptq
-from tritconv.methods.tune import TuneOptions
-from tritconv.plan import Kind, SourceTensor, TypePlan
-from tritconv.sources.mapped import Checkpoint, open_checkpoint
+from tritconv.methods.tune import Tune, TuneOptions
+from tritconv.plan import Plan
+from tritconv.sources.mapped import open_checkpoint
+from tritconv.sources.source import Kind, Source, SourceTensor
 from tritconv.workers import Workers
 from tritcore import encoder
 from tritcore.codec import pack
@@ -37,7 +41,7 @@ from tritcore.errors import TritError
 from tritcore.gguf_types import TRIT_TYPE
 
 N_LAYERS = 2
-PLAN = TypePlan(2, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0)
+PLAN = Plan(2, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -140,26 +144,26 @@ class Traced:
 
     model: LayeredModel
     architecture: str
-    tensors: list[SourceTensor]
+    tensors: Sequence[SourceTensor]
     reach: Reach
 
 
-def opened(folder: Path) -> Checkpoint:
+def opened(folder: Path) -> Source:
     """As llama.cpp's converter maps it."""
-    return open_checkpoint(folder, 2, pre="gpt-2" if (folder / "tokenizer.json").is_file() else None)
+    return open_checkpoint(folder, pre="gpt-2" if (folder / "tokenizer.json").is_file() else None)
 
 
 def trace(folder: Path) -> Traced:
     source = opened(folder)
     model = LayeredModel(folder)
     return Traced(
-        model, source.header.arch, source.tensors, find_reach(model, source.header.arch, source.tensors, PLAN)
+        model, source.architecture, source.tensors, find_reach(model, source.architecture, source.tensors, PLAN)
     )
 
 
 def check_rows(traced: Traced, folder: Path, rtol: float = 0) -> None:
     """All rows that were found are those of the tensors."""
-    layers = traced.model.layers
+    layers = [traced.model.stored_copy(index) for index in range(N_LAYERS)]
     tensors = {tensor.name: tensor for tensor in opened(folder).tensors}
     for name, rows in traced.reach.maps.items():
         parts = {place: place[1].of(layers[place[0]]).float().numpy() for place in rows.places}
@@ -295,13 +299,20 @@ def test_rows_go_on_as_the_rows_around_them() -> None:
     assert (found.row == order).all()
 
 
+def head_of(model: LayeredModel) -> torch.Tensor:
+    """The output matrix that a model predicts with, float32 (vocabulary, width)."""
+    model._precision = torch.float32
+    weights: torch.Tensor = model.whole_copy().lm_head.weight
+    return weights
+
+
 def test_a_head_that_is_missing_is_the_embeddings(llama: Path, tmp_path: Path) -> None:
     folder = copytree(llama, tmp_path / "model")
     weights = weights_of(folder)
     del weights["lm_head.weight"]
     save(folder, weights)
     model = LayeredModel(folder)
-    assert torch.equal(model._model.lm_head.weight, weights["model.embed_tokens.weight"])
+    assert torch.equal(head_of(model), weights["model.embed_tokens.weight"].float())
 
 
 def test_a_head_beside_tied_embeddings_is_the_one_of_the_file(llama: Path, tmp_path: Path) -> None:
@@ -310,8 +321,9 @@ def test_a_head_beside_tied_embeddings_is_the_one_of_the_file(llama: Path, tmp_p
     head = weights_of(folder)["lm_head.weight"]
     model = LayeredModel(folder)
     model.head_is(head.float())
-    assert torch.equal(model._model.lm_head.weight, head)
-    assert torch.equal(model._model.model.embed_tokens.weight, weights_of(folder)["model.embed_tokens.weight"])
+    assert torch.equal(head_of(model), head.float())
+    embeddings = weights_of(folder)["model.embed_tokens.weight"].float()
+    assert torch.equal(model.embed(torch.arange(VOCABULARY)[None, :64])[0], embeddings[:64])
 
 
 @pytest.mark.parametrize(
@@ -336,23 +348,43 @@ def test_values_that_are_not_finite(name: str, llama: Path, tmp_path: Path) -> N
         trace(folder)
 
 
-def calibrated(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Calibration:
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibrated method has made of a checkpoint."""
+
+    finished: list[Finished]
+    name: str
+    remarks: list[str]
+
+    @property
+    def exceptions(self) -> list[str]:
+        """NAME=METHOD for each tensor whose blocks were not all made by the method."""
+        return [f"{one.tensor.name}={one.method}" for one in self.finished if one.method not in ("", self.name)]
+
+
+def calibrated(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, training: TuneOptions | None = None
+) -> Calibrated:
     """A checkpoint, quantized on a short text."""
     monkeypatch.setenv("TRITCONV_CACHE", str(cache))
     source = opened(folder)
     text = TextOptions([Document(topics.topics["formatstrings"][:4000], "text")], ("text",), 512, 64)
-    return calibrate(Origin(folder), source.header.arch, source.tensors, PLAN, CalibrationOptions(text, **changes))
+    context = prepare(source, PLAN, CalibrationOptions(text, holds_out=training is not None))
+    method = Gptq(context, print) if training is None else Tune(context, training, print)
+    with Workers(1) as workers:
+        finished = list(method.run(source, PLAN, workers))
+    assert [one.tensor.name for one in finished] == [tensor.name for tensor in source.tensors]
+    assert {one.method for one in finished} <= {"", *method.methods}
+    return Calibrated(finished, method.name, method.remarks())
 
 
-def check_near(calibration: Calibration, folder: Path) -> None:
+def check_near(found: Calibrated) -> None:
     """All matrices come out near what they were: no row stands in another's place."""
-    for tensor in opened(folder).tensors:
-        if tensor.kind is Kind.MATRIX:
-            values = tensor.load().astype(np.float32)
-            with Workers(1) as workers:
-                data = calibration.quantizer.quantize(tensor, values, 2, workers)
-            found = quants.dequantize(data, TRIT_TYPE[2])
-            assert np.corrcoef(found.ravel(), values.ravel())[0, 1] > 0.9, tensor.name
+    for one in found.finished:
+        if one.tensor.kind is Kind.MATRIX:
+            assert one.blocks is not None, one.reason
+            decoded = quants.dequantize(one.blocks, TRIT_TYPE[2])
+            assert np.corrcoef(decoded.ravel(), one.values.astype(np.float32).ravel())[0, 1] > 0.9, one.tensor.name
 
 
 @pytest.mark.build
@@ -372,8 +404,8 @@ def test_layer_norms_in_half_precision(
     monkeypatch.setattr(model_module, "_fast_precision", lambda _: precision)
     folder = make(tmp_path / "model", architecture, torch.bfloat16 if precision is torch.float32 else torch.float16)
     calibration = calibrated(folder, tmp_path / "cache", monkeypatch)
-    assert calibration.quantizer.exceptions == []
-    check_near(calibration, folder)
+    assert calibration.exceptions == []
+    check_near(calibration)
 
 
 @pytest.mark.build
@@ -382,27 +414,27 @@ def test_experts_in_one_parameter(architecture: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(layerwise, "_LEAST_TOKENS", 32)
     folder = make(tmp_path / "model", architecture)
     first = calibrated(folder, tmp_path / "cache", monkeypatch)
-    check_near(first, folder)
-    assert not any("attn" in one or one[-7:] == "=search" for one in first.quantizer.exceptions)
+    check_near(first)
+    assert not any("attn" in one or one[-7:] == "=search" for one in first.exceptions)
 
 
 @pytest.mark.build
 def test_exceptions_and_remarks_are_the_same_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "model", "GptOss")
-    first, second = (calibrated(folder, tmp_path / "cache", monkeypatch).quantizer for _ in range(2))
+    first, second = (calibrated(folder, tmp_path / "cache", monkeypatch) for _ in range(2))
     experts = [
         f"blk.{i}.ffn_{kind}_exps.weight=gptq,search" for i in range(N_LAYERS) for kind in ("down", "gate", "up")
     ]
     assert sorted(first.exceptions) == experts, "few tokens come to some of the experts"
-    assert first.remarks()
-    assert (first.exceptions, first.remarks()) == (second.exceptions, second.remarks())
+    assert first.remarks
+    assert (first.exceptions, first.remarks) == (second.exceptions, second.remarks)
 
 
 @pytest.mark.build
 def test_experts_are_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "_LEAST_TOKENS", 32)
     folder = make(tmp_path / "model", "GptOss")
-    found = calibrated(folder, tmp_path / "cache", monkeypatch, training=TuneOptions(1)).quantizer
+    found = calibrated(folder, tmp_path / "cache", monkeypatch, training=TuneOptions(1))
     assert found.name == "tune"
     assert len(found.exceptions) == 3 * N_LAYERS
     assert all("exps" in one and one.rpartition("=")[2] != "tune" for one in found.exceptions)
@@ -412,8 +444,8 @@ def test_experts_are_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_transposed_matrices_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "model", "GPT2")
     found = calibrated(folder, tmp_path / "cache", monkeypatch, training=TuneOptions(1))
-    assert found.quantizer.exceptions == []
-    check_near(found, folder)
+    assert found.exceptions == []
+    check_near(found)
 
 
 def doubled(tensor: SourceTensor) -> Callable[[], np.ndarray]:
@@ -424,20 +456,21 @@ def test_a_kind_that_is_missed_is_an_error(llama: Path) -> None:
     """Before the text is looked at."""
     folder = llama
     source = opened(folder)
-    tensors = [replace(one, load=doubled(one)) if "attn_k" in one.name else one for one in source.tensors]
+    tensors = tuple(replace(one, load=doubled(one)) if "attn_k" in one.name else one for one in source.tensors)
     options = CalibrationOptions(TextOptions([], (), 256, 64))
     with pytest.raises(TritError, match="does not reach attn_k") as caught:
-        calibrate(Origin(folder), source.header.arch, tensors, PLAN, options)
+        prepare(replace(source, tensors=tensors), PLAN, options)
     assert "--method search" in str(caught.value)
     assert "--tensor-depth '(attn_k)=q8_0'" in str(caught.value)
 
 
-def test_threads_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_asked_for(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    with pytest.raises(TritError):
-        calibrate(Origin(tmp_path), "llama", [], PLAN, CalibrationOptions(TextOptions([], (), 256, 64), threads=3))
-    assert asked == [3]
+    job = Job(PLAN, tmp_path / "x.gguf", threads=3, calibration=CalibrationOptions(TextOptions([], (), 256, 64)))
+    with pytest.raises(TritError, match="too few"):
+        hf_to_gguf(str(llama), None, job)
+    assert asked == [3, 3], "for the mapping and for the calibration"
 
 
 @pytest.mark.build

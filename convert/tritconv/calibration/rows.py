@@ -23,8 +23,8 @@ class RowMap:
 
     Attributes:
         places: the matrices that it is made of.
-        place: int32 (rows,), an index into `places` for each row.
-        row: int64 (rows,), the row of that matrix.
+        place: int32 (rows,), an index into `places` for each row. It takes no memory where there is one matrix.
+        row: int32 (rows,), the row of that matrix.
     """
 
     places: list[Place]
@@ -34,6 +34,8 @@ class RowMap:
     def gather(self, data: Mapping[Place, np.ndarray]) -> np.ndarray:
         """The tensor's rows, (rows, n), of what is given for the rows of each matrix, (rows of the matrix, n)."""
         first = data[self.places[0]]
+        if len(self.places) == 1:
+            return first[self.row]
         out = np.empty((len(self.row), first.shape[1]), dtype=first.dtype)
         for number, place in enumerate(self.places):
             mine = self.place == number
@@ -85,6 +87,9 @@ class RowIndex:
         return {i for i, (_, matrix) in enumerate(self._places) if (matrix.kind, matrix.transposed) in kinds}
 
     def _row_map(self, place: np.ndarray, row: np.ndarray) -> RowMap:
+        row = row.astype(np.int32)
+        if (place == place[0]).all():
+            return RowMap([self._places[place[0]]], np.broadcast_to(np.int32(0), place.shape), row)
         numbers, first, index = np.unique(place, return_index=True, return_inverse=True)
         order = np.argsort(first)
         rank = np.empty_like(order)
