@@ -1,17 +1,16 @@
-"""Calibration: layers, moments, rows, and text that the model writes."""
+"""Calibration: layers, stages, rows, and text that the model writes."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import HIDDEN, exact_model, make_checkpoint
+from checkpoints import exact_model, make_checkpoint
 
 from tritconv.calibration import own_text
 from tritconv.calibration.inputs import Inputs
-from tritconv.calibration.matrices import Matrix, Recorder, matrices_of, stages
+from tritconv.calibration.matrices import Matrix, matrices_of, stages
 from tritconv.calibration.model import LayeredModel
-from tritconv.calibration.moments import LayerStreams
 from tritconv.calibration.rows import RowIndex
 from tritconv.calibration.store import LayerStore
 
@@ -65,7 +64,7 @@ def test_layers_give_what_the_model_gives(model: LayeredModel, tokens: torch.Ten
     for index in range(len(model.layers)):
         hidden = model.run_all(index, model.working_copy(index), hidden)
     with torch.no_grad():
-        wanted = model._model.float()(input_ids=tokens).logits
+        wanted = model.whole_copy().float()(input_ids=tokens).logits
         logits = model.logits(hidden)
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-2)  # positions come in float16
 
@@ -83,58 +82,6 @@ def test_stages_of_experts(mixtral: LayeredModel, tokens: torch.Tensor) -> None:
     order = stages(layer, wanted, lambda: mixtral.run(0, layer, hidden))
     assert [len(stage) for stage in order] == [3, 1, 4, 4]
     assert sorted(matrix.expert or 0 for matrix in order[3]) == [0, 1, 2, 3]
-
-
-def products(model: LayeredModel, layer: torch.nn.Module, matrix: Matrix, hidden: torch.Tensor) -> torch.Tensor:
-    """The inputs of a matrix, (tokens, n)."""
-    found: list[torch.Tensor] = []
-    with torch.no_grad(), Recorder(layer, [matrix], lambda _, x: found.append(x)):
-        model.run(0, layer, hidden)
-    return torch.cat(found)
-
-
-def streams_of(model: LayeredModel, tokens: torch.Tensor) -> LayerStreams:
-    """A first layer whose attention is off, so that the two models differ behind it."""
-    full, quantized = model.working_copy(0), model.working_copy(0)
-    with torch.no_grad():
-        full_in = model.embed(tokens)
-        for name, parameter in quantized.named_parameters():
-            if "o_proj" in name:
-                parameter.mul_(0.5)
-    return LayerStreams(model, 0, quantized, full, full_in, full_in, model.run_all(0, full, full_in))
-
-
-def test_moments_are_sums_over_the_text(model: LayeredModel, tokens: torch.Tensor) -> None:
-    streams = streams_of(model, tokens)
-    gate, down = Matrix("mlp.gate_proj.weight"), Matrix("mlp.down_proj.weight")
-    x = products(model, streams.quantized, gate, streams.quantized_in)
-    right = products(model, streams.full, gate, streams.full_in)
-    moments = streams.moments([gate], {down})[gate]
-    assert moments.n_tokens == tokens.numel()
-    torch.testing.assert_close(moments.hessian, x.T @ x, rtol=1e-3, atol=1e-3)
-    pull = x.T @ (right - x) @ gate.of(streams.full).T
-    torch.testing.assert_close(moments.pull, pull, rtol=1e-2, atol=1e-2)
-
-
-def test_last_matrix_is_pulled_to_the_full_output(model: LayeredModel, tokens: torch.Tensor) -> None:
-    streams = streams_of(model, tokens)
-    down = Matrix("mlp.down_proj.weight")
-    moments = streams.moments([down], ())[down]
-    x = products(model, streams.quantized, down, streams.quantized_in)
-    wrong = streams.full_out - model.run_all(0, streams.quantized, streams.quantized_in)
-    torch.testing.assert_close(moments.pull, x.T @ wrong.reshape(-1, HIDDEN), rtol=1e-2, atol=1e-2)
-
-
-def test_experts_have_moments_of_their_own(mixtral: LayeredModel, tokens: torch.Tensor) -> None:
-    streams = streams_of(mixtral, tokens)
-    stage = [matrix for matrix in matrices_of(streams.quantized) if matrix.name.endswith("gate_up_proj")]
-    later = [matrix for matrix in matrices_of(streams.quantized) if matrix.name.endswith("down_proj")]
-    moments = streams.moments(stage, later)
-    # two experts for each token
-    assert sum(one.n_tokens for one in moments.values()) == 2 * tokens.numel()
-    for matrix in stage:
-        x = products(mixtral, streams.quantized, matrix, streams.quantized_in)
-        torch.testing.assert_close(moments[matrix].hessian, x.T @ x, rtol=1e-3, atol=1e-3)
 
 
 def test_rows_are_found_whatever_their_order() -> None:

@@ -1,11 +1,15 @@
 """gptq: what it makes is valid, and better for the products than what the search makes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from tritconv.calibration.moments import Moments
 from tritconv.methods.gptq import matrix as gptq
+from tritconv.methods.gptq.columns import ColumnLoop
+from tritconv.methods.gptq.matrix import Rounded, Solver
 from tritcore import encoder
 from tritcore.codec import pack, unpack, validate
 from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
@@ -32,6 +36,15 @@ def matrix(seed: int = 1) -> torch.Tensor:
     return 0.05 * torch.randn(ROWS, N, generator=torch.Generator().manual_seed(seed))
 
 
+def quantize(
+    weights: torch.Tensor, depth: int, moments: Moments, outputs: Sequence[torch.Tensor] = (), with_offset: bool = False
+) -> Rounded:
+    """As the driver quantizes a matrix; the moments stay as they are."""
+    kept = Moments(moments.hessian.clone(), moments.drift, moments.target, moments.n_tokens)
+    solver = Solver(kept, torch.float32, ColumnLoop(2))
+    return solver.quantize(solver.aims(weights, moments.target), depth, [one.clone() for one in outputs], with_offset)
+
+
 def decoded(data: np.ndarray, depth: int) -> torch.Tensor:
     return torch.from_numpy(unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth])).decode()).view(ROWS, N)
 
@@ -44,7 +57,7 @@ def product_error(weights: torch.Tensor, wanted: torch.Tensor, x: torch.Tensor) 
 def test_products_are_nearer_than_those_of_the_search(depth: int) -> None:
     x, weights = inputs(), matrix()
     moments = Moments(x.T @ x, n_tokens=1 << 20)
-    blocks = gptq.quantize(weights, depth, moments).blocks
+    blocks = quantize(weights, depth, moments).blocks
     assert np.abs(blocks.codes).max() <= CODE_MAX[depth]
     data = pack(blocks)
     validate(depth, data)
@@ -58,7 +71,7 @@ def test_products_are_nearer_than_those_of_the_search(depth: int) -> None:
 def test_unseen_inputs_profit_too() -> None:
     x, unseen, weights = inputs(4096), inputs(4096, seed=0)[2048:], matrix()
     seen = x[:2048]
-    blocks = gptq.quantize(weights, 2, Moments(seen.T @ seen, n_tokens=len(seen))).blocks
+    blocks = quantize(weights, 2, Moments(seen.T @ seen, n_tokens=len(seen))).blocks
     wanted = unseen @ weights.T
     searched = encoder.quantize(weights.numpy(), 2, None)
     assert product_error(decoded(pack(blocks), 2), wanted, unseen) < 0.8 * product_error(
@@ -66,28 +79,33 @@ def test_unseen_inputs_profit_too() -> None:
     )
 
 
-def test_pull_makes_up_for_inputs_that_are_wrong() -> None:
+@pytest.mark.parametrize("by", ["drift", "target"])
+@pytest.mark.parametrize("rows", [ROWS, 4 * N])
+def test_inputs_that_are_wrong_are_made_up_for(by: str, rows: int) -> None:
     """The products with the inputs that a quantized model has come near those of the full-precision one."""
-    right, weights = inputs(), matrix()
+    right, weights = inputs(), matrix().repeat(-(-rows // ROWS), 1)[:rows]
     wrong = (
         right
         + 0.3 * right.roll(1, dims=1)
         + 0.05 * torch.randn(right.shape, generator=torch.Generator().manual_seed(3))
     )
-    hessian = wrong.T @ wrong
-    pull = wrong.T @ (right - wrong) @ weights.T
-    wanted = right @ weights.T
-    with_pull = decoded(pack(gptq.quantize(weights, 3, Moments(hessian, pull, 1 << 20)).blocks), 3)
-    without = decoded(pack(gptq.quantize(weights, 3, Moments(hessian, n_tokens=1 << 20)).blocks), 3)
-    assert product_error(with_pull, wanted, wrong) < 0.5 * product_error(without, wanted, wrong)
+    hessian, wanted = wrong.T @ wrong, right @ weights.T
+    moments = Moments(hessian, n_tokens=1 << 20)
+    if by == "drift":
+        moments.drift = wrong.T @ (right - wrong)
+    else:
+        moments.target = wrong.T @ wanted
+    with_it = torch.from_numpy(quantize(weights, 3, moments).blocks.decode()).view(rows, N)
+    without = torch.from_numpy(quantize(weights, 3, Moments(hessian, n_tokens=1 << 20)).blocks.decode()).view(rows, N)
+    assert product_error(with_it, wanted, wrong) < 0.5 * product_error(without, wanted, wrong)
 
 
 def test_closing_descent_only_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = inputs(), matrix()
     moments = Moments(x.T @ x, n_tokens=1 << 20)
-    full = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    full = decoded(pack(quantize(weights, 2, moments).blocks), 2)
     monkeypatch.setattr(gptq, "_SWEEPS", 0)
-    plain = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    plain = decoded(pack(quantize(weights, 2, moments).blocks), 2)
     wanted = x @ weights.T
     assert product_error(full, wanted, x) < product_error(plain, wanted, x)
 
@@ -105,7 +123,7 @@ def test_closing_descent_only_gains(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_degenerate_hessians(hessian: torch.Tensor) -> None:
     weights = matrix()
-    data = pack(gptq.quantize(weights, 3, Moments(hessian)).blocks)
+    data = pack(quantize(weights, 3, Moments(hessian)).blocks)
     validate(3, data)
     # no direction may run away: each weight stays near what it was
     assert float((decoded(data, 3) - weights).abs().max()) < float(weights.abs().max())
@@ -113,15 +131,15 @@ def test_degenerate_hessians(hessian: torch.Tensor) -> None:
 
 def test_same_input_same_blocks() -> None:
     x, weights = inputs(), matrix()
-    first, second = (pack(gptq.quantize(weights, 2, Moments(x.T @ x, n_tokens=1 << 20)).blocks) for _ in range(2))
+    first, second = (pack(quantize(weights, 2, Moments(x.T @ x, n_tokens=1 << 20)).blocks) for _ in range(2))
     assert (first == second).all()
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
     x, weights = inputs(), matrix()
     moments = Moments(x.T @ x, n_tokens=1 << 20)
-    whole = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
-    part = pack(gptq.quantize(weights[:8], 2, moments).blocks).reshape(8, -1)
+    whole = decoded(pack(quantize(weights, 2, moments).blocks), 2)
+    part = pack(quantize(weights[:8], 2, moments).blocks).reshape(8, -1)
     alone = torch.from_numpy(unpack(2, part.reshape(-1, BYTES_PER_BLOCK[2])).decode()).view(8, N)
     # sums run in another order, so a few weights on the edge between two codes may differ
     assert float((whole[:8] != alone).float().mean()) < 0.05
@@ -143,9 +161,9 @@ def loss(weights: torch.Tensor, wanted: torch.Tensor, hessian: torch.Tensor, out
 def test_rows_make_up_for_each_other() -> None:
     x, g, weights = inputs(), gradients(), matrix()
     moments, output = Moments(x.T @ x, n_tokens=1 << 20), g.T @ g
-    blocks = gptq.quantize(weights, 2, moments, [output]).blocks
+    blocks = quantize(weights, 2, moments, [output]).blocks
     validate(2, pack(blocks))
-    alone = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    alone = decoded(pack(quantize(weights, 2, moments).blocks), 2)
     ours = decoded(pack(blocks), 2)
     assert loss(ours, weights, moments.hessian, output) < 0.7 * loss(alone, weights, moments.hessian, output)
 
@@ -154,8 +172,8 @@ def test_outputs_that_have_nothing_to_do_with_each_other_change_nothing() -> Non
     x, weights = inputs(), matrix()
     moments = Moments(x.T @ x, n_tokens=1 << 20)
     output = torch.diag(torch.logspace(-3, 3, ROWS))
-    with_output = decoded(pack(gptq.quantize(weights, 2, moments, [output]).blocks), 2)
-    without = decoded(pack(gptq.quantize(weights, 2, moments).blocks), 2)
+    with_output = decoded(pack(quantize(weights, 2, moments, [output]).blocks), 2)
+    without = decoded(pack(quantize(weights, 2, moments).blocks), 2)
     # sums run in another order, so a few weights on the edge between two codes may differ
     assert float((with_output != without).float().mean()) < 0.05
 
@@ -164,10 +182,8 @@ def test_matrices_together_are_as_each_alone() -> None:
     x, g, weights = inputs(), gradients(), matrix()
     moments = Moments(x.T @ x, n_tokens=1 << 20)
     parts, outputs = weights.split([30, 18]), [g[:, :30].T @ g[:, :30], g[:, 30:].T @ g[:, 30:]]
-    together = decoded(pack(gptq.quantize(weights, 2, moments, outputs).blocks), 2)
-    alone = [
-        gptq.quantize(part, 2, moments, [output]).blocks.decode() for part, output in zip(parts, outputs, strict=True)
-    ]
+    together = decoded(pack(quantize(weights, 2, moments, outputs).blocks), 2)
+    alone = [quantize(part, 2, moments, [output]).blocks.decode() for part, output in zip(parts, outputs, strict=True)]
     right = torch.from_numpy(np.concatenate([part.reshape(-1, N) for part in alone]))
     assert float((together != right).float().mean()) < 0.05
 
@@ -176,7 +192,8 @@ def test_matrices_together_are_as_each_alone() -> None:
 def test_few_rows(rows: int) -> None:
     x, weights = inputs(), matrix()[:rows]
     output = torch.ones(rows, rows)
-    rounded = gptq.quantize(weights, 2, Moments(x.T @ x), [output])
+    rounded = quantize(weights, 2, Moments(x.T @ x), [output], with_offset=True)
+    assert rounded.offset is not None
     assert rounded.offset.shape == weights.shape
     validate(2, pack(rounded.blocks))
 
@@ -185,5 +202,5 @@ def test_few_rows(rows: int) -> None:
 def test_degenerate_outputs(output: torch.Tensor) -> None:
     weights = matrix()
     x = inputs()
-    ours = decoded(pack(gptq.quantize(weights, 3, Moments(x.T @ x), [output]).blocks), 3)
+    ours = decoded(pack(quantize(weights, 3, Moments(x.T @ x), [output]).blocks), 3)
     assert float((ours - weights).abs().max()) < float(weights.abs().max())

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tritconv.calibration import model as model_module
 from tritconv.calibration import parameters, stored
+from tritconv.calibration.gradients import draw
 from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.stored import FileTensor, Spill
@@ -186,7 +187,7 @@ def test_the_vocabulary_is_never_in_memory(
     hidden = last_hidden(model, tokens)
     assert sum(read) <= tokens.numel()
     read.clear()
-    model.label_gradients(hidden, 0)
+    model.label_gradients(hidden, draw(hidden[..., 0], 0))
     assert max(read) <= 100
     assert sum(read) == 2 * VOCABULARY, "two passes, whatever the number of sequences"
 
@@ -213,7 +214,7 @@ def test_label_gradients(
     monkeypatch.setattr(model_module, "rows_of_chunk", lambda _: rows)
     for seed in range(3):
         torch.testing.assert_close(
-            model.label_gradients(hidden, seed), drawn_at_once(model, hidden, seed), rtol=1e-4, atol=1e-5
+            model.label_gradients(hidden, draw(hidden[..., 0], seed)), drawn_at_once(model, hidden, seed), rtol=1e-4, atol=1e-5
         )
 
 
@@ -222,9 +223,9 @@ def test_labels_follow_the_predictions(tokens: torch.Tensor, tmp_path: Path, mon
     model = exact_model(make(tmp_path / "model", "Llama"))
     monkeypatch.setattr(model_module, "rows_of_chunk", lambda _: 100)
     hidden = last_hidden(model, tokens)
-    one, mean = model.label_gradients(hidden, 0), torch.zeros_like(hidden)
+    one, mean = model.label_gradients(hidden, draw(hidden[..., 0], 0)), torch.zeros_like(hidden)
     for seed in range(32):
-        mean += model.label_gradients(hidden, seed) / 32
+        mean += model.label_gradients(hidden, draw(hidden[..., 0], seed)) / 32
     assert mean.norm() < 0.3 * one.norm()  # a thirty-second, in squares
 
 
@@ -248,7 +249,7 @@ def test_logits_that_need_the_whole_vocabulary(
         found.append(model.head_in_chunks)
     assert found == [True, False]
     monkeypatch.setattr(model_module, "rows_of_chunk", lambda _: 100)
-    torch.testing.assert_close(model.label_gradients(hidden, 0), drawn_at_once(model, hidden, 0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.label_gradients(hidden, draw(hidden[..., 0], 0)), drawn_at_once(model, hidden, 0), rtol=1e-4, atol=1e-5)
 
 
 def test_sequences_come_one_at_a_time(tokens: torch.Tensor, tmp_path: Path) -> None:

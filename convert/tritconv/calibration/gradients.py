@@ -1,4 +1,4 @@
-"""What the outputs of matrices do to the predictions: gradients, a layer at a time, from the last to the first.
+"""Gradients of a model's predictions for the outputs of its layers, from the last layer to the first.
 
 The loss is that of labels drawn from the model's own predictions. The mean of gradient times gradient is then the
 Fisher information, and half of it the second-order term of the KL divergence from the full-precision model.
@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from tritconv.calibration.matrices import Matrix, Product, Recorder
 from tritconv.calibration.model import LayeredModel, batches
+from tritconv.calibration.scratch import Scratch
 
-Progress = Callable[[str], None]  # called before each step with what it is
+Progress = Callable[[str], None]  # called before each step with its description
 Products = Mapping[Matrix, tuple[torch.Tensor, torch.Tensor]]  # inputs (tokens, n) and gradients (tokens, rows)
 ChooseMatrices = Callable[[int, torch.nn.Module], Sequence[Matrix]]  # of a layer and its number
 
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Of one layer.
+    """The gradients of one layer.
 
     Attributes:
         layer: a copy in float32, on the model's device.
@@ -37,37 +37,51 @@ class LayerGradients:
 
 
 def stride(tokens: torch.Tensor, wanted: int) -> int:
-    """How far apart sequences are that have about the tokens wanted between them."""
+    """The distance of sequences that have about the tokens wanted between them."""
     return math.ceil(tokens.numel() / max(wanted, tokens.shape[1]))
 
 
+def draw(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Numbers in 0 .. 1 that choose a label for each of int64 (sequences, length): float32 of the same shape."""
+    return torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed))
+
+
 def gradients(
-    model: LayeredModel, tokens: torch.Tensor, seed: int, choose: ChooseMatrices, progress: Progress
+    model: LayeredModel,
+    tokens: torch.Tensor,
+    draws: torch.Tensor,
+    choose: ChooseMatrices,
+    progress: Progress,
+    scratch: Scratch,
 ) -> Iterator[LayerGradients]:
-    """One pass through the layers and one back, the last layer first. Memory holds a layer, and the hidden states.
+    """One pass through the layers and one back, the last layer first. Memory holds one layer.
 
     Args:
         tokens: int64 (sequences, length).
-        seed: of the labels.
-        choose: whose products are wanted.
+        draws: the labels, as `draw` has them.
+        choose: the matrices of a layer whose products are wanted.
+        scratch: takes the input of each layer, in bfloat16: the gradients are noise beyond its digits.
     """
-    n_layers = len(model.layers)
     progress("embeddings")
-    hidden = [model.embed(tokens)]
-    for index in range(n_layers):
-        progress(f"gradients: forward, layer {index + 1}/{n_layers}")
-        hidden.append(model.run_all(index, model.working_copy(index), hidden[-1]))
+    hidden = model.embed(tokens)
+    inputs = []
+    for index in range(model.n_layers):
+        progress(f"gradients: forward, layer {index + 1}/{model.n_layers}")
+        inputs.append(scratch.keep(hidden.bfloat16()))
+        hidden = model.run_all(index, model.working_copy(index), hidden)
     progress("gradients: predictions")
-    upstream = _of_predictions(model, hidden.pop(), seed)
-    for index in reversed(range(n_layers)):
-        progress(f"gradients: back, layer {index + 1}/{n_layers}")
+    upstream = model.label_gradients(hidden, draws)
+    for index in reversed(range(model.n_layers)):
+        progress(f"gradients: back, layer {index + 1}/{model.n_layers}")
         layer = model.working_copy(index)
-        downstream, products = go_back(model, index, layer, choose(index, layer), hidden.pop(), upstream)
+        kept = inputs.pop()
+        downstream, products = _go_back(model, index, layer, choose(index, layer), kept.get().float(), upstream)
+        kept.release()
         yield LayerGradients(index, layer, upstream, products)
         upstream = downstream
 
 
-def go_back(
+def _go_back(
     model: LayeredModel,
     index: int,
     layer: torch.nn.Module,
@@ -114,22 +128,3 @@ class _Trace(Recorder):
         x = product.inputs.to(out.dtype)
         if len(x):
             out.register_hook(lambda g: self.products[product.matrix].append((x, product.part(g.detach()))))
-
-
-def _of_predictions(model: LayeredModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
-    """Of the negative log-likelihood of labels that the model draws, for the last layer's output."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for sequence in hidden.split(1):
-        sequence.requires_grad_()
-        logits = model.logits(sequence)[0]
-        labels = _drawn(logits.detach(), generator)
-        found += torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), sequence)
-    return torch.cat(found)
-
-
-def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Labels (tokens,) from predictions (tokens, vocabulary), much faster than torch.multinomial."""
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    drawn = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, drawn)[:, 0].clamp_(max=logits.shape[1] - 1)

@@ -10,7 +10,7 @@ OpenChunk = Callable[[range], AbstractContextManager[Logits]]  # for a range of 
 
 
 def label_gradients(
-    open_chunk: OpenChunk, hidden: torch.Tensor, chunks: Sequence[range], generator: torch.Generator
+    open_chunk: OpenChunk, hidden: torch.Tensor, chunks: Sequence[range], draws: torch.Tensor
 ) -> torch.Tensor:
     """The gradients of -log p(label), labels drawn from the predictions.
 
@@ -22,11 +22,11 @@ def label_gradients(
         open_chunk: gives float32 (sequences, length, rows) for a chunk of the vocabulary, with gradients.
         hidden: float32 (sequences, length, width).
         chunks: of the vocabulary, in order.
+        draws: (sequences, length), uniform in 0 .. 1: the labels' places in the cumulative distributions.
 
     Returns:
         float32 (sequences, length, width).
     """
-    draws = torch.rand(hidden.shape[:2], generator=generator)
     out = torch.zeros_like(hidden)
     sums = torch.empty(*hidden.shape[:2], len(chunks))  # logarithms of sums of exponentials
     if len(chunks) > 1:

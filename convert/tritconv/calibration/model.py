@@ -382,14 +382,14 @@ class LayeredModel:
             out = self._run_model(lambda *_: returned(hidden), torch.is_grad_enabled(), inputs_embeds=hidden)
             return out.logits.float()
 
-    def label_gradients(self, hidden: torch.Tensor, seed: int) -> torch.Tensor:
+    def label_gradients(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """The gradients of -log p(label) for the last layer's output, labels drawn from the model's predictions.
 
         The memory that it takes does not depend on the vocabulary, except where `head_in_chunks` is False.
 
         Args:
             hidden: the last layer's output, float32 (sequences, length, width), on the CPU.
-            seed: of the labels.
+            draws: (sequences, length), uniform in 0 .. 1: they choose the labels.
 
         Returns:
             float32, of the same shape.
@@ -397,7 +397,7 @@ class LayeredModel:
         vocabulary, width = self._model.get_output_embeddings().weight.shape
         rows = rows_of_chunk(max(width, hidden.shape[1])) if self.head_in_chunks else vocabulary
         chunks = [range(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
-        return label_gradients(self._chunk, hidden, chunks, torch.Generator().manual_seed(seed))
+        return label_gradients(self._chunk, hidden, chunks, draws)
 
     @contextmanager
     def _chunk(self, rows: range) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

@@ -1,58 +1,87 @@
-"""Second moments of what the outputs of matrices do to the predictions: which of their errors matter, and together."""
+"""Second moments of the gradients for the outputs of matrices: which errors of their rows matter, and together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from tritconv.calibration.gradients import Progress, go_back, gradients, stride
+from tritconv.calibration.gradients import Progress, draw, gradients, stride
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.ranks import Ranks
+from tritconv.calibration.scratch import Kept, Scratch
 
-# Of the text, so much is looked at: to go back takes longer than the rest of the calibration, token for token.
+# The share of the text that gradients are taken of: a token takes three times as long as in the forward pass alone.
 _SHARE = 4  # a quarter
 _MOST_TOKENS = 8192
+_MOST_ROWS = 2048  # of a block of the moments: the rest of a larger matrix is taken as independent
+
+
+def some_sequences(tokens: torch.Tensor) -> list[int]:
+    """The numbers of the sequences of int64 (sequences, length) that gradients are taken of."""
+    return list(range(0, len(tokens), stride(tokens, min(tokens.numel() // _SHARE, _MOST_TOKENS))))
+
+
+class UpstreamGradients:
+    """The gradients of the predictions for the output of each layer of a full-precision model."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        tokens: torch.Tensor,
+        batches: Sequence[Sequence[int]],
+        seed: int,
+        scratch: Scratch,
+        progress: Progress,
+    ) -> None:
+        """Pass through all layers and back.
+
+        Args:
+            tokens: int64 (sequences, length).
+            batches: the numbers of the sequences of each batch that is looked at.
+            seed: of the labels whose loss it is.
+            scratch: keeps the gradients, in bfloat16: they are noise beyond its digits.
+        """
+        self._sizes = [len(batch) for batch in batches]
+        self._kept: dict[int, Kept] = {}
+        chosen = [number for batch in batches for number in batch]
+        if chosen:
+            draws = draw(tokens, seed)[chosen]
+            for found in gradients(model, tokens[chosen], draws, lambda *_: (), progress, scratch):
+                self._kept[found.index] = scratch.keep(found.upstream.bfloat16())
+
+    def take(self, index: int) -> dict[int, torch.Tensor]:
+        """The gradients for the output of a layer, by batch: float32 (sequences, length, width). They are let go."""
+        if index not in self._kept:
+            return {}
+        kept = self._kept.pop(index)
+        found = kept.get().float().split(self._sizes)
+        kept.release()
+        return dict(enumerate(found))
 
 
 class OutputMoments:
-    """Of the matrices of a full-precision model, a layer at a time.
+    """The sums of g gT of the matrices of a layer, g the gradients (rows,) for their outputs, in diagonal blocks.
 
-    A pass through all layers and back leaves the gradients for each layer's output, (tokens, width); it is made when
-    the first layer is asked for. What they are for the matrices within a layer, a pass back through that layer says.
+    Attributes:
+        blocks: of each matrix, float32 (some rows, the same rows), in the order of the rows.
     """
 
-    def __init__(self, model: LayeredModel, tokens: torch.Tensor, seed: int) -> None:
-        """Prepare.
+    def __init__(self) -> None:
+        self.blocks: dict[Matrix, list[torch.Tensor]] = {}
 
-        Args:
-            tokens: int64 (sequences, length). Some of the sequences are used.
-            seed: of the labels whose loss it is.
-        """
-        self._model = model
-        self._tokens = tokens
-        self._stride = stride(tokens, min(tokens.numel() // _SHARE, _MOST_TOKENS))
-        self._seed = seed
-        self._upstream: dict[int, torch.Tensor] = {}
+    def add(self, matrix: Matrix, g: torch.Tensor) -> None:
+        """Add gradients (tokens, rows) of a matrix."""
+        parts = g.float().tensor_split(-(-g.shape[1] // _MOST_ROWS), dim=1)
+        for block, part in zip(self._of(matrix, g.shape[1], g.device), parts, strict=True):
+            block.addmm_(part.T, part)
 
-    def of(
-        self, index: int, layer: torch.nn.Module, matrices: Sequence[Matrix], hidden: torch.Tensor, progress: Progress
-    ) -> dict[Matrix, torch.Tensor]:
-        """Of matrices of a layer, as far as a token reached them.
+    def finish(self, n_rows: Mapping[Matrix, int], device: torch.device, ranks: Ranks) -> None:
+        """Sum up over all processes. `n_rows`: of all matrices that gradients were wanted for."""
+        for matrix, count in n_rows.items():
+            ranks.sum(*self._of(matrix, count, device))
 
-        Args:
-            layer: the one at `index`, in float32, on the device.
-            hidden: its input for all tokens, (sequences, length, width), on the CPU.
-
-        Returns:
-            float32 (rows, rows): the sum of g gT, g the gradients of the loss for the outputs.
-        """
-        if not self._upstream:
-            some = self._tokens[:: self._stride]
-            for found in gradients(self._model, some, self._seed, lambda *_: (), progress):
-                self._upstream[found.index] = found.upstream.bfloat16()  # noise has no more digits
-        upstream = self._upstream[index].float()
-        _, products = go_back(self._model, index, layer, matrices, hidden[:: self._stride], upstream)
-        moments = {}
-        for matrix, (_, g) in products.items():
-            g = g.float()
-            moments[matrix] = g.T @ g
-        return moments
+    def _of(self, matrix: Matrix, n_rows: int, device: torch.device) -> list[torch.Tensor]:
+        if matrix not in self.blocks:
+            sizes = [len(part) for part in torch.arange(n_rows).tensor_split(-(-n_rows // _MOST_ROWS))]
+            self.blocks[matrix] = [torch.zeros(size, size, device=device) for size in sizes]
+        return self.blocks[matrix]

@@ -17,10 +17,11 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from tritconv.allocate import CANDIDATES
-from tritconv.calibration.gradients import LayerGradients, Progress, gradients, stride
+from tritconv.calibration.gradients import LayerGradients, Progress, draw, gradients, stride
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place, RowMap
+from tritconv.calibration.scratch import Scratch
 from tritconv.calibration.store import LayerStore
 from tritcore import encoder, ggml
 from tritcore.errors import RangeError
@@ -49,6 +50,7 @@ def measure(
     tokens: torch.Tensor,
     seed: int,
     store: LayerStore,
+    memory: int,
     progress: Progress,
 ) -> Losses:
     """The predicted losses of tensors, in nats per token, in each type that can hold them.
@@ -58,17 +60,21 @@ def measure(
         tokens: int64 (sequences, length). Some of the sequences are used.
         seed: of the labels.
         store: has the losses, or gets them.
+        memory: bytes for hidden states; those that take more are in a file.
 
     Returns:
         By tensor and type. A tensor that no token reached is left out, as is one whose rows are no multiple of 64.
     """
-    layers = range(len(model.layers))
+    layers = range(model.n_layers)
     kept = {index: store.load(index) for index in layers}
     if None in kept.values():
-        some = tokens[:: stride(tokens, _TOKENS)]
-        for index, losses in _Measurement(model, tensors, some, seed, progress).run():
-            store.save(index, losses)
-            kept[index] = losses
+        scratch = Scratch(memory, store.entry.folder)
+        try:
+            for index, losses in _Measurement(model, tensors, tokens, seed, progress).run(scratch):
+                store.save(index, losses)
+                kept[index] = losses
+        finally:
+            scratch.close()
     return {
         name: {qtype: loss for qtype, loss in zip(CANDIDATES, losses.tolist(), strict=True) if math.isfinite(loss)}
         for index in layers
@@ -82,9 +88,10 @@ class _Measurement:
     def __init__(
         self, model: LayeredModel, tensors: Mapping[str, RowMap], tokens: torch.Tensor, seed: int, progress: Progress
     ) -> None:
+        some = range(0, len(tokens), stride(tokens, _TOKENS))
         self._model = model
-        self._tokens = tokens
-        self._seed = seed
+        self._tokens = tokens[some]
+        self._draws = draw(tokens, seed)[some]
         self._progress = progress
         self._tensors = tensors
         self._rows: dict[Place, dict[str, np.ndarray]] = defaultdict(dict)  # of each tensor, in a matrix
@@ -92,9 +99,9 @@ class _Measurement:
             for number, place in enumerate(rows.places):
                 self._rows[place][name] = rows.row[rows.place == number]
 
-    def run(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    def run(self, scratch: Scratch) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Layers, the last one first: float64 (candidates,) for each tensor, NaN for a type that cannot hold it."""
-        for found in gradients(self._model, self._tokens, self._seed, self._matrices, self._progress):
+        for found in gradients(self._model, self._tokens, self._draws, self._matrices, self._progress, scratch):
             yield found.index, self._losses(found)
 
     def _matrices(self, index: int, layer: torch.nn.Module) -> list[Matrix]:

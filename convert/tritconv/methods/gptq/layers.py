@@ -1,220 +1,316 @@
 """Quantizes the layers of a model in sequence, each with the inputs that the layers before it give.
 
-Two models run side by side, a layer at a time: the full-precision one, and the one quantized so far. So what is wrong
-with a layer's inputs already is known to the method that quantizes the layer.
+The text passes through two models side by side, a layer at a time: the full-precision one, and the one quantized so
+far. So the errors of a layer's inputs are known to the method that quantizes the layer.
 """
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tritconv.calibration.matrices import Matrix, stages
-from tritconv.calibration.model import LayeredModel
-from tritconv.calibration.moments import LayerStreams, Moments
-from tritconv.calibration.outputs import OutputMoments
+from tritconv.calibration.model import LayeredModel, batches
+from tritconv.calibration.moments import Moments
+from tritconv.calibration.outputs import OutputMoments, UpstreamGradients, some_sequences
+from tritconv.calibration.passes import FullPass, QuantizedPass, Streams
+from tritconv.calibration.ranks import ALONE, Ranks
 from tritconv.calibration.rows import Place
+from tritconv.calibration.scratch import Scratch
 from tritconv.calibration.store import LayerStore
-from tritconv.methods import search
-from tritconv.methods.gptq import matrix as gptq
+from tritconv.methods.gptq.columns import ColumnLoop
+from tritconv.methods.gptq.matrix import Solver
 from tritcore import encoder
-from tritcore.codec import Blocks, pack, unpack
-from tritcore.errors import NotFiniteError, RangeError
+from tritcore.codec import pack, unpack
+from tritcore.errors import NotFiniteError, RangeError, TritError
 from tritcore.format import BYTES_PER_BLOCK
 
 _LEAST_TOKENS = 256  # below that, an expert's Hessian says too little about its inputs
-_METHOD = "gptq"
-_OFFSET = "offset:"  # before the name of a matrix, among what was made of a layer
-_NOTES = "notes:"  # JSON among it: `remarks`, and the names of matrices that were `searched` only
+_OFFSET = "offset:"  # before the name of a matrix, in the store
+_NOTES = "notes:"  # JSON in the store: the names of matrices that were `searched`, and `remarks`
 
 Depths = Mapping[Place, int]  # trits per weight of the matrices to quantize
 
-OnLayer = Callable[[int, str], None]  # the number of a layer, and what of it begins
+OnLayer = Callable[[int, str], None]  # the number of a layer, and the part of it that begins
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """A quantized layer.
+
+    Attributes:
+        blocks: of its matrices: uint8 (rows, bytes per row). A matrix that its type cannot hold has none.
+        offsets: float16 (rows, n): of those that gptq quantized, as `Rounded` has them. Empty unless asked for.
+        searched: the matrices that went by weighted search.
+        remarks: for the user.
+    """
+
+    index: int
+    blocks: Mapping[Matrix, np.ndarray]
+    offsets: Mapping[Matrix, np.ndarray]
+    searched: frozenset[Matrix]
+    remarks: tuple[str, ...]
 
 
 class LayerQuantizer:
-    """Quantizes a model's layers.
-
-    Attributes:
-        blocks: of the matrices quantized so far: uint8 (rows, bytes per row).
-        offsets: float16 (rows, n): of those that gptq quantized, how far their codes before rounding were from them.
-            Kept only where asked for.
-        remarks: what the user should know.
-    """
+    """Quantizes a model's layers."""
 
     def __init__(
-        self, model: LayeredModel, depths: Depths, store: LayerStore, seed: int, keep_offsets: bool = False
+        self,
+        model: LayeredModel,
+        depths: Depths,
+        store: LayerStore,
+        seed: int,
+        memory: int,
+        keep_offsets: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Prepare.
 
         Args:
             depths: of the matrices to quantize.
             store: keeps finished layers; those that it has are not quantized again.
-            seed: of the labels whose loss says what outputs are worth.
+            seed: of the labels whose loss says which errors of outputs matter.
+            memory: bytes for hidden states; those that take more are in a file.
+            keep_offsets: whether finished layers have offsets.
+            ranks: the processes that share the work. The first one has the store.
         """
+        self._ranks = ranks
         self._model = model
         self._depths = depths
         self._store = store
         self._seed = seed
+        self._memory = memory
         self._keep_offsets = keep_offsets
-        self.blocks: dict[Place, np.ndarray] = {}
-        self.offsets: dict[Place, np.ndarray] = {}
-        self.remarks: list[str] = []
-        self._searched: set[Place] = set()
-        self._notes: dict[str, list[str]] = {}  # of the layer in work
-        self._few: list[int] = []  # tokens that came to its experts' matrices where they were too few
+        self._loop = ColumnLoop(torch.get_num_threads())
 
-    def run(self, tokens: torch.Tensor, on_layer: OnLayer) -> None:
-        """Quantize all layers.
+    def run(self, tokens: torch.Tensor, on_layer: OnLayer) -> Iterator[FinishedLayer]:
+        """The layers in order, each as soon as it is quantized.
 
         Args:
             tokens: int64 (sequences, length).
+
+        Raises:
+            TritError: what a layer puts out is not finite, or the disk is full.
         """
-        kept = [self._load(index) for index in range(len(self._model.layers))]
-        whole = [layer for layer in kept if layer is not None]
-        if len(whole) == len(kept):
-            for index, layer in enumerate(whole):
-                self._take(index, layer)
+        n_layers = self._model.n_layers
+        n_finished = self._ranks.from_first(next((i for i in range(n_layers) if self._load(i) is None), n_layers))
+        if n_finished == n_layers:
+            yield from map(self._finished, range(n_layers))
             return
-        outputs = OutputMoments(self._model, tokens, self._seed)
-        on_layer(0, "embeddings")
-        quantized_in = full_in = self._model.embed(tokens)
-        for index in range(len(self._model.layers)):
-            full = self._model.working_copy(index)
-            quantized = self._model.working_copy(index)
-            full_out = self._model.run_all(index, full, full_in)
-            done = kept[index]
-            if done is None:
-                streams = LayerStreams(self._model, index, quantized, full, quantized_in, full_in, full_out)
-                done = self._quantize_layer(streams, outputs, on_layer)
-                self._store.save(index, done)
-            self._take(index, done)
-            self.write_into(quantized, index)
-            quantized_in = self._model.run_all(index, quantized, quantized_in)
-            full_in = full_out
-
-    def write_into(self, layer: torch.nn.Module, index: int) -> None:
-        """Give a layer that stands at `index` its quantized weights."""
-        for matrix in self._wanted(index):
-            if (data := self.blocks.get((index, matrix))) is not None:
-                _set_weights(layer, matrix, data, self._depths[index, matrix])
-
-    def method_of(self, place: Place) -> str:
-        """The method by which the blocks of a matrix were made."""
-        return search.Search.name if place in self._searched else _METHOD
-
-    def _wanted(self, index: int) -> list[Matrix]:
-        """The matrices of a layer to quantize."""
-        return [matrix for number, matrix in self._depths if number == index]
-
-    def _quantize_layer(
-        self, streams: LayerStreams, outputs: OutputMoments, on_layer: OnLayer
-    ) -> dict[str, np.ndarray]:
-        """Blocks and offsets of a layer, by name."""
-        done: dict[str, np.ndarray] = {}
-        self._notes = {"remarks": [], "searched": []}
-        self._few = []
-        layer, index = streams.quantized, streams.index
-        wanted = self._wanted(index)
-        of_all = [matrix for matrix in wanted if not matrix.is_expert]  # few tokens come to an expert
-        worth = outputs.of(index, streams.full, of_all, streams.full_in, lambda what: on_layer(index, what))
-        first = streams.quantized_in[:1].to(self._model.device)
-        order = stages(layer, wanted, lambda: self._model.run(index, layer, first))
-        for number, stage in enumerate(order):
-            later = {matrix for members in order[number + 1 :] for matrix in members}
-            moments = streams.moments(stage, later)
-            for group in self._groups(index, stage):
-                on_layer(index, ", ".join(map(str, group)))
-                for matrix, (data, offset) in self._quantize(streams, group, moments, worth).items():
-                    done[str(matrix)] = data
-                    _set_weights(layer, matrix, data, self._depths[index, matrix])
-                    if self._keep_offsets and offset is not None:
-                        done[_OFFSET + str(matrix)] = offset.to(torch.float16).cpu().numpy()
-        if self._few:
-            self._notes["remarks"].append(
-                f"layer {index}: at most {max(self._few)} tokens came to {len(self._few)} of the experts' matrices, so "
-                "they went by weighted search: a longer text (--calib-tokens) reaches more"
-            )
-        done[_NOTES] = np.frombuffer(json.dumps(self._notes).encode(), dtype=np.uint8)
-        return done
-
-    def _groups(self, index: int, stage: Sequence[Matrix]) -> list[list[Matrix]]:
-        """Matrices of a stage that are quantized together: of the same input and depth."""
-        groups: dict[object, list[Matrix]] = {}
-        for matrix in stage:
-            groups.setdefault((self._depths[index, matrix], matrix if matrix.is_expert else None), []).append(matrix)
-        return list(groups.values())
-
-    def _quantize(
-        self,
-        streams: LayerStreams,
-        group: Sequence[Matrix],
-        moments: Mapping[Matrix, Moments],
-        worth: Mapping[Matrix, torch.Tensor],
-    ) -> dict[Matrix, tuple[np.ndarray, torch.Tensor | None]]:
-        """The blocks of matrices with the same input, and their codes before rounding, if there are such.
-
-        A matrix that its type cannot hold is left out: the writer will store it in another type.
-        """
-        depth = self._depths[streams.index, group[0]]
-        # the experts of a tensor are judged together, by the writer
-        group = [m for m in group if m.is_expert or encoder.reaches(m.of(streams.full).cpu().numpy(), depth)]
-        if not group:
-            return {}
-        weights = [matrix.of(streams.full) for matrix in group]
-        one = moments[group[0]]
-        if group[0].is_expert and one.n_tokens < _LEAST_TOKENS:
-            self._few.append(one.n_tokens)
-            return self._search(group, weights, depth, one)
-        pulls = [moments[matrix].pull for matrix in group]
-        together = Moments(one.hessian, torch.cat(pulls, dim=1) if None not in pulls else None, one.n_tokens)
+        scratch = Scratch(self._memory, self._store.entry.folder)
         try:
-            rounded = gptq.quantize(torch.cat(weights), depth, together, [worth[m] for m in group if m in worth])
-        except (RangeError, NotFiniteError):  # the errors of the columns before have blown up
-            return self._search(group, weights, depth, one)
-        n_rows = [len(values) for values in weights]
-        data = np.split(pack(rounded.blocks).reshape(sum(n_rows), -1), np.cumsum(n_rows)[:-1])
-        return dict(zip(group, zip(data, rounded.offset.split(n_rows), strict=True), strict=True))
+            yield from self._run(tokens, scratch, n_finished, on_layer)
+        finally:
+            scratch.close()
 
-    def _search(
-        self, group: Sequence[Matrix], weights: Sequence[torch.Tensor], depth: int, moments: Moments
-    ) -> dict[Matrix, tuple[np.ndarray, torch.Tensor | None]]:
-        importance = moments.hessian.diagonal().cpu().numpy() if moments.n_tokens else None
-        found: dict[Matrix, tuple[np.ndarray, torch.Tensor | None]] = {}
-        for matrix, values in zip(group, weights, strict=True):
-            with suppress(RangeError):
-                found[matrix] = encoder.quantize(values.cpu().numpy(), depth, importance), None
-                self._notes["searched"].append(str(matrix))
-        return found
+    def _run(
+        self, tokens: torch.Tensor, scratch: Scratch, n_finished: int, on_layer: OnLayer
+    ) -> Iterator[FinishedLayer]:
+        looked_at, others = self._batches(tokens)
+        upstream = UpstreamGradients(
+            self._model, tokens, looked_at, self._seed, scratch, lambda what: on_layer(0, what)
+        )
+        on_layer(0, "embeddings")
+        streams = Streams(scratch, [*looked_at, *others])
+        streams.start(self._model.embed(tokens[batch]) for batch in streams.batches)
+        for index in range(self._model.n_layers):
+            layer = _Layer(self._model, index, self._wanted(index), streams, self._ranks)
+            if index < n_finished:
+                on_layer(index, "as it was kept")
+                layer.pass_on(self._finished(index).blocks)
+            else:
+                done = layer.quantize(upstream.take(index), self._loop, self._keep_offsets, on_layer)
+                if self._ranks.is_first:
+                    self._store.save(index, done)
+            del layer
+            yield self._finished(index)
+
+    def _batches(self, tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """The numbers of this process's sequences, in batches: those that gradients are taken of, and the others."""
+        if len(tokens) < self._ranks.size:
+            raise TritError(
+                f"{len(tokens)} sequences are too few for {self._ranks.size} processes: give more text, or start fewer"
+            )
+        chosen = some_sequences(tokens)
+        others = [number for number in range(len(tokens)) if number not in set(chosen)]
+        mine = self._ranks.share_of([*chosen, *others])
+        looked_at, rest = (
+            [part[:, 0].tolist() for part in batches(torch.tensor(some)[:, None].expand(-1, tokens.shape[1]))]
+            if some
+            else []
+            for some in ([n for n in mine if n in set(chosen)], [n for n in mine if n not in set(chosen)])
+        )
+        return looked_at, rest
+
+    def _wanted(self, index: int) -> dict[Matrix, int]:
+        """The matrices of a layer to quantize, with their depths."""
+        return {matrix: depth for (number, matrix), depth in self._depths.items() if number == index}
 
     def _load(self, index: int) -> dict[str, np.ndarray] | None:
-        """What is kept of a layer, if that is all that is wanted."""
+        """A layer of the store, if that is all that is wanted."""
         done = self._store.load(index)
         if done is None or _NOTES not in done:
             return None
         return None if self._keep_offsets and not any(key.startswith(_OFFSET) for key in done) else done
 
-    def _take(self, index: int, done: Mapping[str, np.ndarray]) -> None:
-        """Take what was made of a layer."""
+    def _finished(self, index: int) -> FinishedLayer:
+        done = self._ranks.from_first(self._load(index) if self._ranks.is_first else None)
+        assert done is not None
         notes = json.loads(done[_NOTES].tobytes())
-        self.remarks += notes["remarks"]
-        for matrix in self._wanted(index):
-            if str(matrix) in notes["searched"]:
-                self._searched.add((index, matrix))
-            if (data := done.get(str(matrix))) is not None:
-                self.blocks[index, matrix] = data
-            if (offset := done.get(_OFFSET + str(matrix))) is not None:
-                self.offsets[index, matrix] = offset
+        mine = self._wanted(index)
+        return FinishedLayer(
+            index,
+            {matrix: done[str(matrix)] for matrix in mine if str(matrix) in done},
+            {matrix: done[key] for matrix in mine if (key := _OFFSET + str(matrix)) in done},
+            frozenset(matrix for matrix in mine if str(matrix) in notes["searched"]),
+            tuple(notes["remarks"]),
+        )
 
 
-def _unpack(data: np.ndarray, depth: int) -> Blocks:
-    """Blocks of uint8 (rows, bytes per row)."""
-    return unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth]))
+class _Layer:
+    """One layer at work."""
+
+    def __init__(
+        self, model: LayeredModel, index: int, depths: Mapping[Matrix, int], streams: Streams, ranks: Ranks
+    ) -> None:
+        """Load the layer. Args: as `LayerQuantizer` has them; `depths` of its own matrices."""
+        self._ranks = ranks
+        self._model = model
+        self._index = index
+        self._depths = depths
+        self._streams = streams
+        full = model.working_copy(index)
+        self._weights = {matrix: matrix.of(full) for matrix in depths}  # float32
+        for name in {matrix.name for matrix in depths}:  # else each product would cast them again
+            parameter = full.get_parameter(name)
+            parameter.data = parameter.data.to(model.product_type)
+        self._quantized = copy.deepcopy(full)
+        self._full_pass = FullPass(model, index, full, streams)
+        self._done: dict[str, np.ndarray] = {}
+        self._searched: list[str] = []
+        self._few: list[int] = []  # tokens that came to experts' matrices, where they were too few
+
+    def pass_on(self, blocks: Mapping[Matrix, np.ndarray]) -> None:
+        """Move both streams behind the layer, which is finished already."""
+        self._full_pass.run([], {}, [], lambda *_: None)
+        for matrix, data in blocks.items():
+            self._set_weights(matrix, data)
+        self._quantized_pass().finish()
+
+    def quantize(
+        self, upstream: Mapping[int, torch.Tensor], loop: ColumnLoop, keep_offsets: bool, on_layer: OnLayer
+    ) -> dict[str, np.ndarray]:
+        """Quantize the layer, and move both streams behind it.
+
+        Args:
+            upstream: the gradients for its output, by batch.
+
+        Returns:
+            What the store keeps: blocks, offsets and notes.
+        """
+        on_layer(self._index, "full precision")
+        first = self._streams.quantized[0].get()[:1].to(self._model.device)
+        order = self._ranks.from_first(
+            stages(self._quantized, list(self._depths), lambda: self._model.run(self._index, self._quantized, first))
+        )
+        of_all = [matrix for matrix in self._depths if not matrix.is_expert]  # few tokens come to an expert
+        outputs = OutputMoments()
+        self._full_pass.run(order, upstream, of_all, outputs.add)
+        outputs.finish({m: len(self._weights[m]) for m in of_all}, self._model.device, self._ranks)
+        passes = self._quantized_pass()
+        for number, stage in enumerate(order):
+            on_layer(self._index, ", ".join(map(str, stage[:3])))
+            later = {matrix for members in order[number + 1 :] for matrix in members}
+            moments = passes.moments(stage, later)
+            for same in _by_moments(moments).values():
+                self._quantize(same, moments[same[0]], outputs, loop, keep_offsets)
+            del moments
+        passes.finish()
+        notes = {"remarks": self._remarks(), "searched": self._searched}
+        return self._done | {_NOTES: np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)}
+
+    def _quantized_pass(self) -> QuantizedPass:
+        return QuantizedPass(self._model, self._index, self._quantized, self._streams, self._full_pass, self._ranks)
+
+    def _remarks(self) -> list[str]:
+        if not self._few:
+            return []
+        return [
+            f"layer {self._index}: at most {max(self._few)} tokens came to {len(self._few)} of the experts' matrices, "
+            "so they went by weighted search: a longer text (--calib-tokens) reaches more"
+        ]
+
+    def _quantize(
+        self,
+        matrices: Sequence[Matrix],
+        moments: Moments,
+        outputs: OutputMoments,
+        loop: ColumnLoop,
+        keep_offsets: bool,
+    ) -> None:
+        """Quantize matrices with the same inputs, those of the same depth together.
+
+        A matrix that its type cannot hold is left out: the writer stores it in another type.
+        """
+        moments.finish(self._ranks)
+        importance = moments.hessian.diagonal().cpu().numpy().copy() if moments.n_tokens else None
+        matrices = [matrix for matrix in matrices if matrix.is_expert or self._is_reached(matrix)]
+        if matrices and matrices[0].is_expert and moments.n_tokens < _LEAST_TOKENS:
+            self._few.append(moments.n_tokens)
+            self._search(matrices, importance)
+            return
+        groups: dict[int, list[Matrix]] = {}
+        for matrix in matrices:
+            groups.setdefault(self._depths[matrix], []).append(matrix)
+        solver = Solver(moments, self._model.product_type, loop, self._ranks)
+        aims = {
+            depth: solver.aims(torch.cat([self._weights[matrix] for matrix in group]), moments.target)
+            for depth, group in groups.items()
+        }
+        for depth, group in groups.items():
+            of_rows = [block for matrix in group for block in outputs.blocks.pop(matrix, ())]
+            try:
+                rounded = solver.quantize(aims.pop(depth), depth, of_rows, keep_offsets)
+            except (RangeError, NotFiniteError):  # the errors of the columns before have blown up
+                self._search(group, importance)
+                continue
+            firsts = np.cumsum([len(self._weights[matrix]) for matrix in group])[:-1]
+            data = pack(rounded.blocks).reshape(sum(len(self._weights[matrix]) for matrix in group), -1)
+            for matrix, some in zip(group, np.split(data, firsts), strict=True):
+                self._set_weights(matrix, some)
+                self._done[str(matrix)] = some
+            if rounded.offset is not None:
+                for matrix, offset in zip(group, rounded.offset.tensor_split(firsts.tolist()), strict=True):
+                    self._done[_OFFSET + str(matrix)] = offset.to(torch.float16).cpu().numpy()
+
+    def _is_reached(self, matrix: Matrix) -> bool:
+        """Whether the type reaches down to the weights; the experts of a tensor are judged together, by the writer."""
+        return encoder.reaches(self._weights[matrix].cpu().numpy(), self._depths[matrix])
+
+    def _search(self, matrices: Sequence[Matrix], importance: np.ndarray | None) -> None:
+        for matrix in matrices:
+            with suppress(RangeError):
+                data = encoder.quantize(self._weights[matrix].cpu().numpy(), self._depths[matrix], importance)
+                self._set_weights(matrix, data)
+                self._done[str(matrix)] = data
+                self._searched.append(str(matrix))
+
+    def _set_weights(self, matrix: Matrix, data: np.ndarray) -> None:
+        """Give the quantized layer the weights of blocks uint8 (rows, bytes per row)."""
+        depth = self._depths[matrix]
+        weights = matrix.of(self._quantized)
+        blocks = unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth]))
+        weights.copy_(torch.from_numpy(blocks.decode()).view_as(weights))
 
 
-def _set_weights(layer: torch.nn.Module, matrix: Matrix, data: np.ndarray, depth: int) -> None:
-    """Give a layer the weights that blocks uint8 (rows, bytes per row) stand for."""
-    weights = matrix.of(layer)
-    weights.copy_(torch.from_numpy(_unpack(data, depth).decode()).view_as(weights))
+def _by_moments(moments: Mapping[Matrix, Moments]) -> dict[int, list[Matrix]]:
+    """Matrices with the same moments."""
+    found: dict[int, list[Matrix]] = {}
+    for matrix, one in moments.items():
+        found.setdefault(id(one), []).append(matrix)
+    return found

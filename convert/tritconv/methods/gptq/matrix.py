@@ -1,50 +1,51 @@
-"""The `gptq` method: least error of a matrix's products with the calibration text, by second-order error feedback.
+"""Least error of a matrix's products with the calibration text, by second-order error feedback.
 
-Columns are quantized in turn, and the error of each goes into those that follow, by the inverse Hessian (Frantar et
-al., GPTQ, 2023, arXiv:2210.17323). What is quantized is not the matrix itself but the one whose products, with the
-inputs that the quantized model really has, come nearest to the full-precision model's (as in GPTAQ, Li et al., 2025,
-arXiv:2504.02692). Anchor and scales of a block are chosen when its turn comes, for its weights as they are then. At the
-end, coordinate descent goes over codes and scales again, given the rest of the row.
+Columns are quantized in turn, and the error of each is fed back into those that follow, by the factor of the Hessian
+(Frantar et al., GPTQ, 2023, arXiv:2210.17323, in the form of LDLQ, Chee et al., QuIP, 2023, arXiv:2307.13304). The
+matrix that is quantized is the one whose products, with the inputs of the quantized model, come nearest to those of the
+full-precision model (as in GPTAQ, Li et al., 2025, arXiv:2504.02692). Anchor and scales of a block are chosen when its
+turn comes, for its weights with the feedback of the columns before. At the end, coordinate descent goes over codes and
+scales again, given the rest of the row.
 
-Rows go the same way, an eighth of them at a time: what is wrong with their products goes into the rows that follow, so
-that the sum of what all of them do to the model's predictions is least. For columns the inverse Hessian of the inputs
-says how; for rows that of the gradients for the outputs (the loss is taken for a Kronecker product of the two, as in
-Martens and Grosse, K-FAC, 2015, arXiv:1503.05671).
+Rows are quantized in eight steps. The errors of a step are fed back into the rows of the later steps in the same way,
+by the moments of the gradients for the outputs: the loss is taken for a Kronecker product of the two (Martens and
+Grosse, K-FAC, 2015, arXiv:1503.05671).
 
-Matrices are transposed here, (n, rows): the rows of a step lie together.
+With H = L D LT, L unit upper triangular, column j aims at its weight plus the sum of L[i, j] times the error of column
+i, over the columns i before. Blocks of columns take the same form with the blocks of L. Matrices are transposed here,
+(n, rows): the rows of a step lie together.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from tritconv.calibration.moments import Moments
-from tritcore import encoder
-from tritcore.codec import Blocks, unpack
-from tritcore.errors import TritError
-from tritcore.format import BLOCK_SIZE, BYTES_PER_BLOCK, CODE_MAX, GROUP_SIZE
+from tritconv.calibration.ranks import ALONE, Ranks
+from tritconv.methods.gptq.columns import Block, ColumnLoop
+from tritcore.codec import Blocks
+from tritcore.errors import NotFiniteError, RangeError, TritError
+from tritcore.format import BLOCK_SIZE, GROUP_SIZE, N_GROUPS
 
-# The damping shrinks the correlations of the inputs: it is so many times the Hessian's own diagonal, added to it. The
-# fewer tokens there are for each column, the less the Hessian of this text says about other texts; and however many
-# there are, other texts are other texts. docs/quality.md has the measurement.
+# The damping shrinks the correlations of the inputs: it is this multiple of the Hessian's own diagonal, added to it.
+# The fewer tokens there are for each column, the less the Hessian of this text says about other texts. Some damping
+# stays however many tokens there are, as calibration and evaluation text differ. docs/concepts/quality.md measures it.
 _DAMPING = 0.2
 _DAMPING_OF_FEW = 3.0  # times columns over tokens
 _MOST_DAMPING = 1.0
 _FLOOR = 0.01  # of the damping, for columns without inputs: times the mean of the diagonal
 _MOST_OFFSET = 0.499  # a code further away than half would be another code
-_INVERTIBLE = 1e3  # more is never needed
+_INVERTIBLE = 1e3  # the damping at which to give up
+_EXACT = 4096  # columns up to which factors are computed in float64
 # Gradients are noisier than inputs, and few tokens are looked at: the correlations of outputs are halved.
 _OUTPUT_DAMPING = 1.0
 _MOST_STEPS = 8  # that the rows are quantized in
 _LEAST_ROWS = 128  # in a step: fewer would wait for Python
 _SWEEPS = 3  # of the closing coordinate descent
-_SCALE_SWEEPS = 2  # of these, how many try other scales too
+_SCALE_SWEEPS = 2  # the first sweeps, which choose other scales too
 
 
 @dataclass(frozen=True)
@@ -52,133 +53,248 @@ class Rounded:
     """A quantized matrix.
 
     Attributes:
-        offset: float32 (rows, n), how far from its code the best place of each weight is, all others as they are: less
-            than half a code.
+        blocks: of all rows.
+        offset: float32 (rows, n), the distance of the best place of each weight from its code, given all others: less
+            than half a code. None unless asked for.
     """
 
     blocks: Blocks
-    offset: torch.Tensor
+    offset: torch.Tensor | None
 
 
-def quantize(weights: torch.Tensor, depth: int, moments: Moments, outputs: Sequence[torch.Tensor] = ()) -> Rounded:
-    """Quantize a matrix, or several that have the same inputs, one below the other.
+class Solver:
+    """Quantizes matrices that have the same inputs."""
 
-    Args:
-        weights: float32 (rows, n), n a multiple of 64, on any device.
-        depth: trits per weight, 1..4.
-        moments: of the matrix's inputs.
-        outputs: of each of the matrices: float32 (its rows, its rows), the sum of g gT, g the gradients of the loss for
-            its outputs. Without them rows are nothing to each other.
+    def __init__(self, moments: Moments, product_type: torch.dtype, loop: ColumnLoop, ranks: Ranks = ALONE) -> None:
+        """Factor the Hessian. `moments` is used up.
 
-    Raises:
-        RangeError: a block lies above the range of the scale codebook, once it has taken the errors of others.
-        NotFiniteError: these errors have grown without bound.
-    """
-    columns = _Columns(moments)
-    aims = weights.T.contiguous()
-    if moments.pull is not None:
-        aims = aims + (columns.inverse @ moments.pull.double()).float()
-    order = _RowOrder(len(weights), outputs)
-    quantized = _Quantized(aims, depth)
-    for step, rows in enumerate(order.steps):
-        some = aims[:, rows]
-        done = _feed_back(some, columns, depth)
-        _descend(done, some, columns)
-        quantized.take(done, rows)
-        order.go_on(step, some - done.values, aims)
-    return Rounded(quantized.blocks(), quantized.offset(aims, columns.hessian))
+        Args:
+            moments: of the inputs, finished.
+            product_type: the type of the large products.
+            loop: quantizes the columns of a block.
+            ranks: each process quantizes a share of the rows.
+        """
+        self._ranks = ranks
+        self._moments = moments
+        self._product_type = product_type
+        self._loop = loop
+        n = len(moments.hessian)
+        few = _DAMPING_OF_FEW * n / max(moments.n_tokens, 1)
+        self._factor, self._damped_by = _damp(moments.hessian, min(_DAMPING + few, _MOST_DAMPING))
+        self._columns: _Columns | None = None
 
+    def aims(self, weights: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights whose products come nearest to those of the full-precision model. Before the first `quantize`.
 
-class _Quantized:
-    """A matrix with codes and scales.
+        Args:
+            weights: float32 (rows, n).
+            target: float32 (n, rows), the part of the moments' targets that belongs to these rows.
 
-    Attributes:
-        scales: float32 (n, rows), each weight's; values: float32 (n, rows), scale times code.
-        indexes: uint8 (n / 64, rows, 4), the scale indexes of each block.
-    """
+        Returns:
+            float32 (n, rows).
+        """
+        aims = weights.T.contiguous()
+        if target is not None:  # ridge regression, towards the weights
+            return self._solve(target + self._damped_by[:, None] * aims)
+        drift = self._moments.drift
+        if drift is None:
+            return aims
+        if len(weights) > len(aims):
+            return aims.addmm_(self._solve(drift), aims.clone())
+        return aims.add_(self._solve(drift @ aims))
 
-    def __init__(self, like: torch.Tensor, depth: int) -> None:
-        n, rows = like.shape
-        self.depth = depth
-        self.code_max = CODE_MAX[depth]
-        self.values = torch.empty_like(like)
-        self.scales = torch.empty_like(like)
-        self.indexes = np.empty((n // BLOCK_SIZE, rows, 4), dtype=np.uint8)
+    def quantize(
+        self, aims: torch.Tensor, depth: int, outputs: Sequence[torch.Tensor] = (), with_offset: bool = False
+    ) -> Rounded:
+        """Quantize a matrix, or several, one beside the other.
 
-    def take(self, some: "_Quantized", rows: torch.Tensor) -> None:
-        """Take rows from another that has only these."""
-        self.values[:, rows], self.scales[:, rows] = some.values, some.scales
-        self.indexes[:, rows.numpy()] = some.indexes
+        Args:
+            aims: float32 (n, rows), n a multiple of 64. It is used up.
+            depth: trits per weight, 1..4.
+            outputs: diagonal blocks, float32 (some rows, the same rows), of the sums of g gT, g the gradients of the
+                loss for the outputs. Together they are for all rows; without them, rows are independent.
 
-    def blocks(self) -> Blocks:
-        """The blocks, row by row."""
-        codes = (self.values / self.scales).round_().T.to(torch.int8).cpu().numpy()
-        scales = self.indexes.transpose(1, 0, 2).reshape(-1, 4)
-        return Blocks(self.depth, codes.reshape(-1, BLOCK_SIZE), np.ascontiguousarray(scales))
+        Raises:
+            RangeError: a block lies above the range of the scale codebook, once it has taken the errors of others.
+            NotFiniteError: these errors have grown without bound.
+        """
+        if self._columns is None:
+            self._columns = _Columns(self._moments.hessian, self._factor, self._product_type)
+            del self._factor
+            self._moments.drift = None
+        n, n_rows = aims.shape
+        codes = np.empty((n_rows, n), dtype=np.int8)
+        indexes = np.empty((n_rows, n // BLOCK_SIZE, N_GROUPS), dtype=np.uint8)
+        offset = torch.empty(n_rows, n) if with_offset else None
+        order = _RowOrder(n_rows, outputs)
+        for step, rows in enumerate(order.steps):
+            wanted = order.aims(step, aims)
+            mine = self._ranks.rows_of(torch.arange(len(rows)))
+            quantized = _Quantized(wanted[:, mine], depth, self._columns, self._loop)
+            problem = None
+            try:
+                quantized.feed_back()
+                quantized.descend()
+            except (RangeError, NotFiniteError) as error:
+                problem = error
+            if self._ranks.total(problem is not None):  # the other processes stop here too
+                raise problem or RangeError(0, 0.0, "above the range of the scale codebook, in another process")
+            if offset is not None:
+                offset[rows] = self._ranks.gather_rows(quantized.offset().cpu(), rows)
+            found = self._ranks.gather_rows(torch.from_numpy(quantized.packed()), rows).numpy()
+            codes[rows], indexes[rows] = found[:, :n].view(np.int8), found[:, n:].reshape(len(rows), -1, N_GROUPS)
+            done = Blocks(depth, codes[rows].reshape(-1, BLOCK_SIZE), indexes[rows].reshape(-1, N_GROUPS))
+            # the errors, for later rows
+            aims[:, rows] -= torch.from_numpy(done.decode()).view(len(rows), n).T.to(aims.device)
+        blocks = Blocks(depth, codes.reshape(-1, BLOCK_SIZE), indexes.reshape(-1, N_GROUPS))
+        return Rounded(blocks, offset)
 
-    def offset(self, aims: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-        """float32 (rows, n): as `Rounded` has it."""
-        gradient = hessian @ (self.values - aims)
-        off = gradient.div_(hessian.diagonal()[:, None]).div_(self.scales).neg_()
-        return off.clamp_(-_MOST_OFFSET, _MOST_OFFSET).T.contiguous()
-
-
-class _Block(NamedTuple):
-    """What the inputs say of a block of columns alone, given all others: float32 (64, 64)."""
-
-    hessian: torch.Tensor
-    inverse: torch.Tensor
-    factor: torch.Tensor
+    def _solve(self, right: torch.Tensor) -> torch.Tensor:
+        """The damped Hessian's inverse times float32 (n, m)."""
+        factor = self._factor
+        found = torch.linalg.solve_triangular(factor, right.to(factor.dtype), upper=True)
+        return torch.linalg.solve_triangular(factor.T, found, upper=False).float()
 
 
 class _Columns:
-    """What the inputs say of a matrix's columns.
+    """The damped Hessian of a matrix's inputs, for the column loop.
 
     Attributes:
-        hessian: float32 (n, n), damped; inverse: float64, its inverse; factor: float32, the inverse's upper factor.
-        blocks: each block of 64 columns.
+        hessian: (n, n), in the type of the products.
+        feedback: the same, block upper triangular: the blocks of L.
+        given_former: each block of 64 columns, given the blocks before.
+        given_others: each block of 64 columns, given all other blocks.
     """
 
-    def __init__(self, moments: Moments) -> None:
-        n = len(moments.hessian)
-        few = _DAMPING_OF_FEW * n / max(moments.n_tokens, 1)
-        damped, self.inverse = _damped(moments.hessian, min(_DAMPING + few, _MOST_DAMPING))
-        self.hessian = damped.float()
-        self.factor = _upper(self.inverse)
-        own = torch.stack([damped[i : i + BLOCK_SIZE, i : i + BLOCK_SIZE] for i in range(0, n, BLOCK_SIZE)])
-        inverses = torch.linalg.inv(own)
-        self.blocks = list(map(_Block, own.float(), inverses.float(), _upper(inverses)))
+    def __init__(self, hessian: torch.Tensor, factor: torch.Tensor, product_type: torch.dtype) -> None:
+        """Prepare.
+
+        Args:
+            hessian: float32 (n, n), damped.
+            factor: (n, n), R upper triangular with H = R RT. It is used up.
+        """
+        parts = [slice(start, start + BLOCK_SIZE) for start in range(0, len(hessian), BLOCK_SIZE)]
+        own_factors = torch.stack([factor[part, part] for part in parts]).double()
+        own_hessians = torch.stack([hessian[part, part] for part in parts]).double()
+        inverses = torch.linalg.inv(own_factors)
+        for part, inverse in zip(parts, inverses, strict=True):
+            factor[: part.start, part] = factor[: part.start, part] @ inverse.to(factor.dtype)
+        self.feedback = factor.to(product_type)
+        self.hessian = hessian.to(product_type)
+        self.given_former = [Block(own @ own.T, own) for own in own_factors]
+        self.given_others = [Block(own, _upper_factor(own)) for own in own_hessians]
+        self.parts = parts
+
+
+class _Quantized:
+    """Rows of a matrix with codes and scales.
+
+    Attributes:
+        values: float32 (n, rows), scale times code.
+        scales: float32 (n / 16, rows).
+        indexes: uint8 (n / 64, rows, 4), the scale indexes of each block.
+    """
+
+    def __init__(self, aims: torch.Tensor, depth: int, columns: _Columns, loop: ColumnLoop) -> None:
+        n, rows = aims.shape
+        self._aims = aims
+        self._depth = depth
+        self._columns = columns
+        self._loop = loop
+        self._errors = torch.zeros(n, rows, dtype=columns.feedback.dtype, device=aims.device)
+        self.values = torch.empty_like(aims)
+        self.scales = aims.new_empty(n // GROUP_SIZE, rows)
+        self.indexes = np.empty((n // BLOCK_SIZE, rows, N_GROUPS), dtype=np.uint8)
+
+    def feed_back(self) -> None:
+        """Quantize block after block, each with the errors of those before."""
+        for number, part in enumerate(self._columns.parts):
+            aims = self._aims[part]
+            if number:
+                aims = aims + (self._columns.feedback[: part.start, part].T @ self._errors[: part.start]).float()
+            self._loop.quantize(
+                self._depth,
+                self._columns.given_former[number],
+                aims,
+                self.values[part],
+                self._scales_of(number),
+                self.indexes[number],
+            )
+            self._set_errors(part)
+
+    def descend(self) -> None:
+        """Coordinate descent on the error of the products, a block at a time."""
+        for sweep in range(_SWEEPS):
+            for number, part in enumerate(self._columns.parts):
+                self._loop.descend(
+                    self._depth,
+                    self._columns.given_others[number],
+                    self._gradient(part),
+                    self.values[part],
+                    self._scales_of(number),
+                    self.indexes[number],
+                    with_scales=sweep < _SCALE_SWEEPS,
+                )
+                self._set_errors(part)
+
+    def packed(self) -> np.ndarray:
+        """uint8 (rows, n + n / 16): the codes of each row, and the scale indexes of its blocks."""
+        scales = self.scales.repeat_interleave(GROUP_SIZE, dim=0)
+        codes = (self.values / scales).round_().T.to(torch.int8).cpu().numpy()
+        return np.concatenate([codes.view(np.uint8), self.indexes.transpose(1, 0, 2).reshape(len(codes), -1)], axis=1)
+
+    def offset(self) -> torch.Tensor:
+        """float32 (rows, n): as `Rounded` has it."""
+        off = self._gradient(slice(None)).div_(self._columns.hessian.diagonal().float()[:, None])
+        off = off.div_(self.scales.repeat_interleave(GROUP_SIZE, dim=0)).neg_()
+        return off.clamp_(-_MOST_OFFSET, _MOST_OFFSET).T
+
+    def _gradient(self, part: slice) -> torch.Tensor:
+        """float32 (some columns, rows): half the gradient of the squared error of the products."""
+        return (self._columns.hessian[part] @ self._errors).float().neg_()
+
+    def _set_errors(self, part: slice) -> None:
+        self._errors[part] = self._aims[part] - self.values[part]
+
+    def _scales_of(self, number: int) -> torch.Tensor:
+        return self.scales[number * N_GROUPS : (number + 1) * N_GROUPS]
 
 
 class _RowOrder:
-    """In which steps rows are quantized, and how the errors of each go on.
+    """The steps in which rows are quantized, and the feedback from each to the later ones.
 
     Attributes:
-        steps: the numbers of the rows of each step, those of all matrices.
+        steps: the numbers of the rows of each step, those of all diagonal blocks.
     """
 
     def __init__(self, n_rows: int, outputs: Sequence[torch.Tensor]) -> None:
-        """Plan. Args: as for `quantize`."""
+        """Plan. Args: as for `Solver.quantize`."""
         count = min(max(n_rows // _LEAST_ROWS, 1), _MOST_STEPS)
         firsts = itertools.accumulate(map(len, outputs), initial=0)
         self._feedbacks = [_RowFeedback(first, output, count) for first, output in zip(firsts, outputs, strict=False)]
         shares = zip(*(feedback.steps for feedback in self._feedbacks), strict=True)
-        self.steps = [torch.cat(share) for share in shares] or [torch.arange(n_rows)]
+        self.steps = [torch.cat(share) for share in shares] or list(torch.arange(n_rows).tensor_split(count))
 
-    def go_on(self, step: int, errors: torch.Tensor, aims: torch.Tensor) -> None:
-        """Change what later rows aim at, float32 (n, rows), for the errors (n, rows of this step)."""
+    def aims(self, step: int, aims: torch.Tensor) -> torch.Tensor:
+        """The aims of a step's rows, float32 (n, rows of the step).
+
+        Args:
+            aims: float32 (n, rows): of former steps' rows, their errors.
+        """
+        found = aims[:, self.steps[step]]
         start = 0
         for feedback in self._feedbacks:
             stop = start + len(feedback.steps[step])
-            feedback.go_on(step, errors[:, start:stop], aims)
+            found[:, start:stop] += feedback.of(step, aims)
             start = stop
+        return found
 
 
 class _RowFeedback:
-    """How the errors of one matrix's rows go on into its later ones.
+    """The feedback from the errors of some rows to the later ones among them.
 
     Attributes:
-        steps: the numbers of the rows of each step. They are spread over the matrix: neighbours are often alike, and
+        steps: the numbers of the rows of each step. They are spread over the rows: neighbours are often alike, and
             should make up for each other.
     """
 
@@ -186,149 +302,50 @@ class _RowFeedback:
         """Prepare.
 
         Args:
-            first: the number of the matrix's first row.
-            output: as for `quantize`.
+            first: the number of the first row.
+            output: a diagonal block, as for `Solver.quantize`.
             count: of steps.
         """
         shares = [torch.arange(len(output))[step::count] for step in range(count)]
         order = torch.cat(shares)
-        _, inverse = _damped(output[order][:, order], _OUTPUT_DAMPING)
-        self._factor = _upper(inverse)
+        factor, _ = _damp(output[order][:, order], _OUTPUT_DAMPING)
         self.steps = [first + share for share in shares]
+        self._feedback = list(self._of_steps(factor))
 
-    def go_on(self, step: int, errors: torch.Tensor, aims: torch.Tensor) -> None:
-        """As `_RowOrder` has it, with the errors of this matrix."""
-        start = sum(map(len, self.steps[:step]))
-        stop = start + len(self.steps[step])
-        if stop < len(self._factor):
-            own, later = self._factor[start:stop, start:stop], self._factor[start:stop, stop:]
-            spread = torch.linalg.solve_triangular(own, errors, upper=True, left=False) @ later
-            aims[:, torch.cat(self.steps[step + 1 :])] -= spread
+    def of(self, step: int, errors: torch.Tensor) -> torch.Tensor | float:
+        """The feedback for a step, float32 (n, rows of the step), of the errors (n, all rows) of former steps."""
+        if not step:
+            return 0.0
+        return errors[:, torch.cat(self.steps[:step])] @ self._feedback[step]
+
+    def _of_steps(self, factor: torch.Tensor) -> Iterator[torch.Tensor]:
+        start = 0
+        for rows in self.steps:
+            stop = start + len(rows)
+            own = factor[start:stop, start:stop]
+            yield torch.linalg.solve_triangular(own, factor[:start, start:stop], upper=True, left=False).float()
+            start = stop
 
 
-def _damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Hessian, damped until it is invertible, and its inverse, both float64."""
-    diagonal = hessian.diagonal().double()
-    diagonal = diagonal + _FLOOR * diagonal.mean().clamp(min=1e-20)
+def _damp(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Damp a Hessian in place until it can be factored.
+
+    Returns:
+        R upper triangular (n, n) with H = R RT, float64 up to `_EXACT` columns, else float32; and the addition to the
+        diagonal, float32 (n,).
+    """
+    diagonal = hessian.diagonal().clone()
+    unit = diagonal + _FLOOR * diagonal.mean().clamp(min=1e-20)
     while damping < _INVERTIBLE:
-        damped = hessian.double()
-        damped.diagonal().add_(damping * diagonal)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            if inverse.isfinite().all():
-                return damped, inverse
+        hessian.diagonal().copy_(diagonal + damping * unit)
+        factor = _upper_factor(hessian.double() if len(hessian) <= _EXACT else hessian)
+        if factor.isfinite().all() and (factor.diagonal() > 0).all():
+            return factor, damping * unit
         damping *= 10
     raise TritError("the model's activations or gradients on the calibration text are not finite")
 
 
-def _upper(inverse: torch.Tensor) -> torch.Tensor:
-    """float32: the upper Cholesky factor of an inverse Hessian: row j has how the error of column j goes on."""
-    return torch.linalg.cholesky(inverse, upper=True).float()
-
-
-def _feed_back(aims: torch.Tensor, columns: _Columns, depth: int) -> _Quantized:
-    quantized = _Quantized(aims, depth)
-    factor = columns.factor
-    rest = aims.clone()
-    for block in range(len(aims) // BLOCK_SIZE):
-        start, stop = block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE
-        own = factor[start:stop, start:stop]
-        scales, indexes = _search_scales(rest[start:stop], own, depth)
-        values, errors = _feed_back_block(rest[start:stop], own, scales, quantized.code_max)
-        quantized.values[start:stop], quantized.scales[start:stop] = values, scales
-        quantized.indexes[block] = indexes
-        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return quantized
-
-
-def _search_scales(weights: torch.Tensor, factor: torch.Tensor, depth: int) -> tuple[torch.Tensor, np.ndarray]:
-    """The scales for a block of columns (64, rows), float32 (64, rows), and their indexes, uint8 (rows, 4).
-
-    The importance of a column is what its error costs once the columns after it have made up for it.
-    """
-    importance = factor.diagonal() ** -2
-    data = _search(weights.T.contiguous().cpu().numpy(), depth, importance.cpu().numpy())
-    blocks = unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth]))
-    scales = torch.from_numpy(blocks.group_scales()).to(weights.device)
-    return scales.T.repeat_interleave(GROUP_SIZE, dim=0).contiguous(), blocks.scales
-
-
-def _search(weights: np.ndarray, depth: int, importance: np.ndarray) -> np.ndarray:
-    """As `encoder.quantize`, by as many threads as torch computes with: rows have nothing to do with each other."""
-    count = min(torch.get_num_threads(), max(len(weights) // _LEAST_ROWS, 1))
-    if count == 1:
-        return encoder.quantize(weights, depth, importance)
-    parts = np.array_split(weights, count)
-    return np.concatenate(list(_pool(count).map(lambda part: encoder.quantize(part, depth, importance), parts)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-def _feed_back_block(
-    weights: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, code_max: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of a block of columns (64, rows), and their errors in units of the factor's diagonal."""
-    rest = weights.clone()
-    values, errors = torch.empty_like(rest), torch.empty_like(rest)
-    columns = _by_column(rest, values, errors, scales, scales.reciprocal(), factor)
-    divisors = factor.diagonal().tolist()
-    for divisor, (now, value, error, scale, inverse_scale, row) in zip(divisors, columns, strict=True):
-        torch.mul(now, inverse_scale, out=value).round_().clamp_(-code_max, code_max).mul_(scale)
-        torch.sub(now, value, out=error).div_(divisor)
-        rest.addr_(row, error, alpha=-1)  # nothing before this column: the factor is triangular
-    return values, errors
-
-
-def _descend(quantized: _Quantized, aims: torch.Tensor, columns: _Columns) -> None:
-    """Coordinate descent on the error of the products, over the columns, a block at a time."""
-    hessian = columns.hessian
-    gradient = hessian @ (quantized.values - aims)
-    for sweep in range(_SWEEPS):
-        for block, own in enumerate(columns.blocks):
-            part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-            values, local = quantized.values[part].clone(), gradient[part].clone()
-            _descend_block(values, local, own.hessian, quantized.scales[part], quantized.code_max)
-            if sweep < _SCALE_SWEEPS:
-                values = _with_better_scales(quantized, block, values, local, own)
-            gradient.addmm_(hessian[:, part], values - quantized.values[part])
-            quantized.values[part] = values
-
-
-def _descend_block(
-    values: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, code_max: int
-) -> None:
-    """Move each column in turn to the best multiple of its scale, given all others. Changes `values` and `gradient`."""
-    columns = _by_column(values, gradient, scales, scales.reciprocal(), hessian)
-    steps = hessian.diagonal().reciprocal().tolist()
-    for step, (value, slope, scale, inverse_scale, row) in zip(steps, columns, strict=True):
-        best = torch.sub(value, slope, alpha=step)
-        best.mul_(inverse_scale).round_().clamp_(-code_max, code_max).mul_(scale)
-        gradient.addr_(row, best - value)
-        value.copy_(best)
-
-
-def _by_column(*blocks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Of each column in turn, its views in tensors (64, ..): made at once, as to index one takes as long as to add."""
-    return zip(*(block.unbind() for block in blocks), strict=True)
-
-
-def _with_better_scales(
-    quantized: _Quantized, block: int, values: torch.Tensor, gradient: torch.Tensor, own: _Block
-) -> torch.Tensor:
-    """Search the scales of a block again, given the rest of the row; a row takes them where its error gets less."""
-    best = values - own.inverse @ gradient  # without rounding
-    scales, indexes = _search_scales(best, own.factor, quantized.depth)
-    others, _ = _feed_back_block(best, own.factor, scales, quantized.code_max)
-    local = own.hessian @ (others - best)
-    _descend_block(others, local, own.hessian, scales, quantized.code_max)
-
-    better = ((others - best) * local).sum(dim=0) < ((values - best) * gradient).sum(dim=0)
-    part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-    quantized.scales[part] = torch.where(better, scales, quantized.scales[part])
-    chosen = better.cpu().numpy()
-    quantized.indexes[block][chosen] = indexes[chosen]
-    return torch.where(better, others, values)
+def _upper_factor(matrix: torch.Tensor) -> torch.Tensor:
+    """R upper triangular with matrix = R RT, NaN where there is none: the Cholesky factor from the last row up."""
+    factor, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    return factor.new_full(factor.shape, torch.nan) if failed else factor.flip(0, 1)
