@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from tritconv.allocate import Allocation, BitsPerWeight, Budget, FileSize, allocate, check
 from tritconv.cli import app
 from tritconv.encode import n_bytes
-from tritconv.plan import SourceTensor, TypePlan, kind_of
+from tritconv.plan import Plan
+from tritconv.sources.source import SourceTensor, kind_of
 from tritcore.errors import TritError, UsageError
 
-PLAN = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
+PLAN = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
 TYPES = (Type.TRIT2, Type.TRIT3, Type.TRIT4, Type.Q8_0)
 
 Losses = dict[str, dict[Type, float]]
@@ -111,7 +112,7 @@ def test_the_padding_between_tensors_counts_towards_the_size_of_the_file() -> No
 
 
 def test_tensors_with_a_type_already_keep_it_and_their_bytes_count() -> None:
-    plan = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0, {"blk.0.attn_q.weight": Type.Q8_0})
+    plan = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0, {"blk.0.attn_q.weight": Type.Q8_0})
     found = allocate(TENSORS, LOSSES, plan, BitsPerWeight((8.5 + 5.25 + 3.5 + 3.5) / 4))
     assert {name: qtype.name for name, qtype in found.types.items()} == {
         "blk.0.ffn_up.weight": "TRIT3",
@@ -171,7 +172,7 @@ def test_the_shapes_alone_tell_what_sizes_can_be_had() -> None:
     odd = [*TENSORS, _tensor("blk.1.ffn_gate.weight", 64, 96)]  # Q8_0: no blocks of 64 in 96
     with pytest.raises(UsageError, match=r"can have 4\.87 to 8\.50"):
         check(odd, PLAN, BitsPerWeight(4.5))
-    fixed = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0, {"blk.0.attn_q.weight": Type.TRIT1})
+    fixed = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0, {"blk.0.attn_q.weight": Type.TRIT1})
     with pytest.raises(UsageError, match=r"can have 3\.13 to 6\.87"):
         check(TENSORS, fixed, BitsPerWeight(7))
     check(TENSORS, PLAN, FileSize(10_000 + 4 * 1792, 10_000))
@@ -210,7 +211,7 @@ def test_sizes_of_a_model_are_refused_before_it_is_calibrated(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tritconv.convert.calibrate", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr("tritconv.convert._calibrated", lambda *_: pytest.fail("calibrated"))
     text = tmp_path / "text.txt"
     text.write_text("text")
     source = write_tiny_model(tmp_path / "tiny.gguf")

@@ -21,15 +21,18 @@ import torch
 from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
-from tritconv import calibrate, convert
+from tritconv import convert
 from tritconv.allocate import CANDIDATES
+from tritconv.calibration import context
 from tritconv.calibration.inputs import Inputs, Machinery, digest_of_tokens
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.reach import Reach
 from tritconv.calibration.store import LayerStore
 from tritconv.cli import app
-from tritconv.plan import TypePlan
+from tritconv.methods import gptq, tune
+from tritconv.plan import Plan
 from tritconv.sources.mapped import open_checkpoint
+from tritconv.sources.source import Source
 from tritcore import cache, sizes
 from tritcore.errors import TritError
 from tritcore.output import Output
@@ -298,23 +301,23 @@ class _NoEntry:
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path) -> tuple[LayeredModel, Any, Reach]:
+def loaded(checkpoint: Path) -> tuple[LayeredModel, Source, Reach]:
     """The tiny Llama as both sides of a calibration have it, and how they belong together."""
-    mapped = open_checkpoint(checkpoint, 2)
+    mapped = open_checkpoint(checkpoint)
     values = {tensor.name: tensor.load() for tensor in mapped.tensors}
     tensors = [dataclasses.replace(tensor, load=partial(values.__getitem__, tensor.name)) for tensor in mapped.tensors]
     model = LayeredModel(checkpoint)
-    reach = calibrate.find_reach(model, mapped.header.arch, tensors, TypePlan(2, *[GGMLQuantizationType.Q8_0] * 3))
-    return model, (mapped.header, tensors), reach
+    reach = context.find_reach(model, mapped.architecture, tensors, Plan(2, *[GGMLQuantizationType.Q8_0] * 3))
+    return model, dataclasses.replace(mapped, tensors=tuple(tensors)), reach
 
 
 @pytest.fixture
 def keys_of(
-    loaded: tuple[LayeredModel, Any, Reach], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: tuple[LayeredModel, Source, Reach], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Any]:
     """The keys of all results that a command line leads to, by kind."""
     found: dict[str, str] = {}
-    model, (header, tensors), reach = loaded
+    model, source, reach = loaded
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(topics.topics.values())[:200_000], encoding="utf-8")
     (tmp_path / "other.txt").write_text(text.read_text(encoding="utf-8")[50_000:], encoding="utf-8")
@@ -331,21 +334,21 @@ def keys_of(
     def stop(*arguments: object) -> Any:
         raise _Reached
 
-    def quantize(quantizer: Any, *arguments: object) -> None:
+    def quantize(quantizer: Any, *arguments: object) -> Iterator[Any]:
         if not quantizer._keep_offsets:
             raise _Reached
+        return iter(())
 
-    monkeypatch.setattr(calibrate, "LayerStore", Store)
-    monkeypatch.setattr(calibrate, "LayeredModel", lambda *_: model)
-    monkeypatch.setattr(calibrate, "find_reach", lambda *_: reach)
-    monkeypatch.setattr(calibrate.own_text, "write", lambda _, tokens, count, *rest: tokens[:1].repeat(count, 1))
-    monkeypatch.setattr(calibrate.sensitivity, "measure", losses)
-    monkeypatch.setattr(calibrate.LayerQuantizer, "run", quantize)
-    monkeypatch.setattr(calibrate, "_tune", stop)
+    monkeypatch.setattr(context, "LayerStore", Store)
+    monkeypatch.setattr(context, "LayeredModel", lambda *_: model)
+    monkeypatch.setattr(context, "find_reach", lambda *_: reach)
+    monkeypatch.setattr(context.own_text, "write", lambda _, tokens, count, *rest: tokens[:1].repeat(count, 1))
+    monkeypatch.setattr(context.sensitivity, "measure", losses)
+    monkeypatch.setattr(gptq.LayerQuantizer, "run", quantize)
+    monkeypatch.setattr(tune, "load_tuned", stop)
 
-    def to_gguf(source: str, revision: str | None, job: convert.Job, pre: str | None = None) -> None:
-        output = Output(tmp_path / "out.gguf", force=False)
-        convert._convert(lambda: (header, tensors), calibrate.Origin(checkpoint), "tiny", output, job)
+    def to_gguf(name: str, revision: str | None, job: convert.Job, pre: str | None = None) -> None:
+        convert._convert(source, Output(tmp_path / "out.gguf", force=False), job)
 
     monkeypatch.setattr(convert, "hf_to_gguf", to_gguf)
     monkeypatch.setattr(convert, "_check_outline", lambda *_: None)

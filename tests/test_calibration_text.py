@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from tritconv import calibrate
 from tritconv.calibration import documents, rare_words
+from tritconv.calibration.context import fitting
 from tritconv.calibration.documents import Document, read
-from tritconv.calibration.text import Text, TextOptions, check_memory, render, sequences
+from tritconv.calibration.text import Text, TextOptions, render, sequences
 from tritconv.cli import app
 from tritcore.errors import TritError
 
@@ -307,16 +307,9 @@ def test_a_vocabulary_without_words_leaves_placeholders(tokenizer: Any, monkeypa
 
 def test_sequences_are_cut_to_what_the_model_takes() -> None:
     def length(longest: int | None) -> int:
-        return calibrate._fitting(options_of(1), SimpleNamespace(longest=longest)).length  # type: ignore[arg-type]
+        return fitting(options_of(1), SimpleNamespace(longest=longest)).length  # type: ignore[arg-type]
 
     assert (length(None), length(LENGTH), length(20)) == (LENGTH, LENGTH, 20)
-
-
-def test_more_than_the_memory_holds() -> None:
-    check_memory(10**5, 512, 1024)
-    for n_tokens, length in ((10**15, 512), (512, 10**9)):
-        with pytest.raises(TritError, match=r"needs .* TB, and the machine has .*: lower --calib-tokens"):
-            check_memory(n_tokens, length, 1024)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from tritconv.convert import Job, hf_to_gguf
-from tritconv.plan import SourceTensor, TypePlan
+from tritconv.plan import Plan
 from tritconv.sources.checkpoint import find_checkpoint
-from tritconv.sources.mapped import Checkpoint, open_checkpoint
+from tritconv.sources.mapped import open_checkpoint
+from tritconv.sources.source import Source, SourceTensor
 from tritcore.errors import TritError
 
 Weights = dict[str, torch.Tensor]
@@ -35,8 +36,8 @@ def folder(checkpoint: Path, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoint, tmp_path / "model")
 
 
-def _opened(folder: Path) -> Checkpoint:
-    return open_checkpoint(find_checkpoint(str(folder)), 2)
+def _opened(folder: Path) -> Source:
+    return open_checkpoint(find_checkpoint(str(folder)))
 
 
 def _refused(folder: Path, *words: str) -> None:
@@ -50,15 +51,15 @@ def _refused(folder: Path, *words: str) -> None:
 def _converted(folder: Path) -> dict[str, Any]:
     """The tensors of the file that comes of a checkpoint, by name. llama.cpp has been asked whether it loads."""
     q8_0 = Type.Q8_0
-    written = hf_to_gguf(str(folder), None, Job(TypePlan(2, q8_0, q8_0, q8_0), folder.with_suffix(".gguf"), threads=1))
+    written = hf_to_gguf(str(folder), None, Job(Plan(2, q8_0, q8_0, q8_0), folder.with_suffix(".gguf"), threads=1))
     return {tensor.name: tensor for tensor in GGUFReader(written.path).tensors}
 
 
-def _tensor(found: Checkpoint, name: str) -> SourceTensor:
+def _tensor(found: Source, name: str) -> SourceTensor:
     return next(tensor for tensor in found.tensors if tensor.name == name)
 
 
-def _values(found: Checkpoint) -> dict[str, bytes]:
+def _values(found: Source) -> dict[str, bytes]:
     return {tensor.name: np.asarray(tensor.load()).tobytes() for tensor in found.tensors}
 
 
@@ -352,7 +353,7 @@ def test_more_rows_than_tokens_are_padded(vocab_size: int, folder: Path) -> None
     _configure(folder, vocab_size=vocab_size)
     tensors = _converted(folder)
     assert tensors["token_embd.weight"].shape[1] == 700
-    tokens = _opened(folder).header.kv_data[0]["tokenizer.ggml.tokens"].value
+    tokens = _opened(folder).metadata["tokenizer.ggml.tokens"].value
     assert len(tokens) == len(set(tokens)) == 700
 
 
@@ -361,8 +362,8 @@ def test_more_rows_than_a_tokenizer_of_another_kind_has(folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
     make_bpe_tokenizer(folder)
     _resize(folder, 700)
-    found = open_checkpoint(folder, 2, pre="gpt-2")
-    fields = found.header.kv_data[0]
+    found = open_checkpoint(folder, pre="gpt-2")
+    fields = found.metadata
     assert len(fields["tokenizer.ggml.tokens"].value) == len(fields["tokenizer.ggml.token_type"].value) == 700
 
 
@@ -379,7 +380,7 @@ def test_fewer_rows_than_tokens(bpe: bool, vocab_size: int, folder: Path) -> Non
 
 def test_added_tokens_without_a_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": ROWS}))
-    tokens = _opened(folder).header.kv_data[0]["tokenizer.ggml.tokens"].value
+    tokens = _opened(folder).metadata["tokenizer.ggml.tokens"].value
     assert len(tokens) == ROWS
     assert "none for the added tokens <pad>: they are left out" in capsys.readouterr().err
 
@@ -469,8 +470,8 @@ def test_a_converter_that_delegates(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", "Ministral3", head_dim=64, max_position_embeddings=262144)
     expected = {tensor.name: tensor.data for tensor in GGUFReader(to_f16_gguf(folder, tmp_path / "f16.gguf")).tensors}
     found = _opened(folder)
-    assert found.header.arch == "mistral3"
-    assert {"mistral3.block_count", "tokenizer.ggml.tokens"} <= found.header.kv_data[0].keys()
+    assert found.architecture == "mistral3"
+    assert {"mistral3.block_count", "tokenizer.ggml.tokens"} <= found.metadata.keys()
     assert {tensor.name for tensor in found.tensors} == expected.keys()
     for tensor in found.tensors:
         assert np.array_equal(tensor.load(), expected[tensor.name])

@@ -163,7 +163,7 @@ def test_no_output_folder(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_disk_full_is_seen_before(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tritconv.convert import Job, hf_to_gguf
-    from tritconv.plan import TypePlan
+    from tritconv.plan import Plan
     from tritcore import output
     from tritcore.errors import TritError
     from tritcore.gguf_types import TRIT_TYPE
@@ -172,7 +172,7 @@ def test_disk_full_is_seen_before(checkpoint: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     q = TRIT_TYPE[2]
     with pytest.raises(TritError, match="no space left"):
-        hf_to_gguf(str(checkpoint), None, Job(TypePlan(2, q, q, q), tmp_path / "x.gguf"))
+        hf_to_gguf(str(checkpoint), None, Job(Plan(2, q, q, q), tmp_path / "x.gguf"))
     assert list(tmp_path.iterdir()) == []
 
 

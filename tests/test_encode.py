@@ -1,23 +1,25 @@
 """Tensors taken apart by rows, encoded by threads, and measured."""
 
+import re
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
+from tensors import blocks_of, finish, tensor_of
 
-from tritconv.encode import Encoded, Encoder, n_bytes
-from tritconv.methods.search import Search, quantize
-from tritconv.plan import Kind, SourceTensor
+from tritconv.encode import Encoded, check_finite, encode, measured, n_bytes
 from tritconv.workers import Chunk, Workers
-from tritcore.errors import NotFiniteError, RangeError
+from tritcore.encoder import quantize
+from tritcore.errors import TritError
 from tritcore.format import DEPTHS
 from tritcore.gguf_types import TRIT_TYPE
 
 
-def _encode(values: np.ndarray, qtype: Type, threads: int = 2) -> Encoded:
-    tensor = SourceTensor("blk.0.ffn_up.weight", values.shape, Kind.MATRIX, lambda: values)
+def _trit(values: np.ndarray, depth: int, threads: int) -> Encoded:
+    data = blocks_of(values, depth, threads=threads)
     with Workers(threads) as workers:
-        return Encoder(Search(), workers).encode(tensor, values, qtype)
+        return measured(values, data, TRIT_TYPE[depth], workers)
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (700, 1536), (3, 500, 1024), (2, 2, 300, 512), (64,), (3, 400_000)])
@@ -39,7 +41,7 @@ def test_chunks(shape: tuple[int, ...]) -> None:
 def test_trit_blocks_and_their_error(depth: int, threads: int) -> None:
     rng = np.random.default_rng(0)
     values = (0.05 * rng.standard_normal((2, 300, 1024))).astype(np.float16)
-    encoded = _encode(values, TRIT_TYPE[depth], threads)
+    encoded = _trit(values, depth, threads)
     rows = values.reshape(-1, 1024).astype(np.float32)
     assert np.array_equal(encoded.data, quantize(rows, depth).ravel())
     assert len(encoded.data) == n_bytes(values.shape, TRIT_TYPE[depth])
@@ -51,18 +53,19 @@ def test_trit_blocks_and_their_error(depth: int, threads: int) -> None:
 @pytest.mark.parametrize("qtype", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0])
 def test_other_types_are_as_gguf_makes_them(qtype: Type) -> None:
     values = np.random.default_rng(0).standard_normal((600, 1024)).astype(np.float32)
-    assert _encode(values, qtype).data.tobytes() == quants.quantize(values, qtype).tobytes()
+    with Workers(2) as workers:
+        assert encode(values, qtype, workers).data.tobytes() == quants.quantize(values, qtype).tobytes()
 
 
-@pytest.mark.parametrize("qtype", [Type.TRIT2, Type.F32])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_not_finite_in_a_later_chunk(qtype: Type, value: float) -> None:
+def test_not_finite_in_a_later_chunk(value: float) -> None:
     values = np.ones((2, 400, 1024), np.float16)
     values[1, 399, 77] = value
     values[1, 399, 500] = value
-    with pytest.raises(NotFiniteError) as caught:
-        _encode(values, qtype)
-    assert caught.value.index == np.ravel_multi_index((1, 399, 77), values.shape)
+    with Workers(2) as workers, pytest.raises(TritError, match=rf"ffn_up\.weight holds {value} at \[1, 399, 77\]: the"):
+        check_finite(tensor_of(values), values, workers)
+    with pytest.raises(TritError, match=r"\[1, 399, 77\]"):
+        finish(values, 2)
 
 
 @pytest.mark.build
@@ -70,12 +73,11 @@ def test_not_finite_in_a_later_chunk(qtype: Type, value: float) -> None:
 def test_above_the_range_in_a_later_chunk(depth: int) -> None:
     values = np.ones((2, 400, 1024), np.float16)
     values[1, 300, 128:192] = 500
-    with pytest.raises(RangeError, match=rf"block {700 * 16 + 2}: largest weight .* is above the range") as caught:
-        _encode(values, TRIT_TYPE[depth])
-    assert caught.value.block == 700 * 16 + 2
-    assert caught.value.largest == 500
+    found, _ = finish(values, depth)
+    assert found.blocks is None
+    assert re.match(rf"block {700 * 16 + 2}: largest weight 500 is above the range", found.reason or "")
 
 
 @pytest.mark.build
 def test_zeros() -> None:
-    assert _encode(np.zeros((10, 64), np.float32), Type.TRIT3).relative_error == 0
+    assert _trit(np.zeros((10, 64), np.float32), 3, 2).relative_error == 0

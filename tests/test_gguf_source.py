@@ -11,7 +11,7 @@ from gguf import GGUFValueType as V
 from tiny_gguf import bare_gguf, entry, list_entry, tensor_entry, u32_entry, write_tiny_model
 
 from tritconv.convert import Job, gguf_to_gguf
-from tritconv.plan import TypePlan
+from tritconv.plan import Plan
 from tritconv.sources.gguf import open_gguf
 from tritconv.verify import findings
 from tritcore.codec import pack, unpack
@@ -19,7 +19,7 @@ from tritcore.errors import TritError
 from tritcore.gguf_header import parts_of, raw_values, read_model_file
 from tritcore.gguf_types import TRIT_TYPE
 
-PLAN = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
+PLAN = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
 LLAMA = entry("general.architecture", V.STRING, "llama")
 
 
@@ -210,7 +210,7 @@ def test_tensors_that_gguf_py_does_not_write(tmp_path: Path) -> None:
     doubles = np.array([0.5, 1e300, 1, 2, 3, 4])
     data = np.float32(7).tobytes().ljust(32, b"\0") + doubles[:2].tobytes().ljust(32, b"\0") + doubles[2:].tobytes()
     path.write_bytes(bare_gguf([LLAMA], table) + data)
-    scalar, double, matrix = open_gguf(path)[1]
+    scalar, double, matrix = open_gguf(path).tensors
     assert (scalar.shape, scalar.kept_type, scalar.load().tolist()) == ((1,), Type.F32, [7])
     assert (double.shape, double.kept_type, double.load().tolist()) == ((1, 2), Type.F32, [[0.5, np.inf]])
     assert (matrix.kept_type, matrix.load().dtype, matrix.load().tolist()) == (None, np.float32, [[1, 2], [3, 4]])
@@ -222,7 +222,7 @@ def test_damaged_blocks_are_not_read_as_weights(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     table = [tensor_entry("blk.0.ffn_up.weight", TRIT_TYPE[2], (64, 4))]
     path.write_bytes(bare_gguf([LLAMA, u32_entry("trit.format_version", 1)], table) + blocks.tobytes())
-    (tensor,) = open_gguf(path)[1]
+    (tensor,) = open_gguf(path).tensors
     with pytest.raises(TritError, match=r"tensor blk\.0\.ffn_up\.weight: block 3 is not TRIT2 data"):
         tensor.load()
 
@@ -235,4 +235,4 @@ def test_scales_that_are_no_numbers_give_no_warnings(qtype: Type, tmp_path: Path
     path = tmp_path / "x.gguf"
     table = [tensor_entry("blk.0.ffn_up.weight", qtype, (block, 2))]
     path.write_bytes(bare_gguf([LLAMA], table) + b"\x00\x7e\x00\x7c" * (size // 2) + bytes(size % 2))
-    assert not np.isfinite(open_gguf(path)[1][0].load()).any()
+    assert not np.isfinite(open_gguf(path).tensors[0].load()).any()

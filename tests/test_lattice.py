@@ -15,16 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import depths
+from tensors import finish, tensor_of
 
-from tritconv import lattice
-from tritconv.lattice import Lattice, LatticeImport, lattice_depth, read_lattice
-from tritconv.methods.search import Search
-from tritconv.methods.search import quantize as search
+from tritconv.lattice import Lattice, lattice_depth, read_lattice
+from tritconv.methods import lattice_import
 from tritconv.methods.uniform import Uniform, encode
-from tritconv.plan import Kind, SourceTensor
 from tritconv.workers import Workers
 from tritcore.codec import unpack
-from tritcore.errors import RangeError
+from tritcore.encoder import quantize as search
 from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS
 from tritcore.gguf_header import read_model_file
 
@@ -56,11 +54,11 @@ def _read(values: np.ndarray, depth: int) -> Lattice | None:
         return read_lattice(values, depth, workers)
 
 
-def _import(values: np.ndarray, depth: int) -> tuple[np.ndarray, LatticeImport]:
-    lattice_import = LatticeImport(Search())
-    tensor = SourceTensor("blk.0.ffn_up.weight", values.shape, Kind.MATRIX, lambda: values)
-    with Workers(2) as workers:
-        return lattice_import.quantize(tensor, values, depth, workers), lattice_import
+def _finish(values: np.ndarray, depth: int) -> tuple[np.ndarray, bool, list[str]]:
+    """The blocks of a matrix, whether its codes were kept, and the remarks."""
+    found, remarks = finish(values, depth)
+    assert found.blocks is not None, found.reason
+    return found.blocks, found.imported, remarks
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -128,8 +126,8 @@ def test_a_lattice_of_one_scale() -> None:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_zeros_are_no_lattice(depth: int) -> None:
     assert lattice_depth(np.zeros((10, 64), np.float16)) is None
-    data, lattice_import = _import(np.zeros((10, 64), np.float16), depth)
-    assert lattice_import.remarks() == []
+    data, _, remarks = _finish(np.zeros((10, 64), np.float16), depth)
+    assert remarks == []
     assert not unpack(depth, data.reshape(-1, BYTES_PER_BLOCK[depth])).codes.any()
 
 
@@ -137,19 +135,18 @@ def test_zeros_are_no_lattice(depth: int) -> None:
 def test_blocks_are_those_of_the_method(depth: int) -> None:
     weights = _weights(np.random.default_rng(1))
     codes, scales = encode(weights, depth)
-    tensor = SourceTensor("blk.0.ffn_up.weight", weights.shape, Kind.MATRIX, lambda: weights)
     with Workers(2) as workers:
-        imported = lattice._import(_values(codes, scales), depth, workers)
+        imported = lattice_import._import(_values(codes, scales), depth, workers)
         assert imported is not None
-        assert np.array_equal(imported.data, Uniform().quantize(tensor, weights, depth, workers))
+        assert np.array_equal(imported.data, Uniform().quantize(tensor_of(weights), weights, depth, workers))
 
 
 def test_the_remark_says_how_far_the_scales_moved() -> None:
     codes, scales = encode(_weights(np.random.default_rng(1)), 2)
-    data, lattice_import = _import(_values(codes, scales), 2)
+    data, _, remarks = _finish(_values(codes, scales), 2)
     stored = unpack(2, data.reshape(-1, BYTES_PER_BLOCK[2])).group_scales().reshape(scales.shape)
     off = np.abs(stored / scales - 1)
-    (remark,) = lattice_import.remarks()
+    (remark,) = remarks
     assert f"within 6% for {(off < 0.06).mean():.1%} of the groups, {off.max():.1%} off at worst" in remark
     assert (off < 0.06).mean() > 0.75
 
@@ -161,8 +158,8 @@ def test_a_weight_off_the_lattice_outside_the_sample() -> None:
     values[1, 3] *= np.float16(1.1)
     assert values[1, 3] != 0
     assert lattice_depth(values) == 2
-    data, lattice_import = _import(values, 2)
-    assert lattice_import.n_imported == 0
+    data, imported, _ = _finish(values, 2)
+    assert not imported
     assert np.array_equal(data, search(values.astype(np.float32), 2))
 
 
@@ -205,53 +202,55 @@ def _mxfp4(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_an_import_is_no_worse_than_the_search_and_no_worse_depth_is_advised(depth: int) -> None:
     for name, values in _sources().items():
-        data, lattice_import = _import(values, depth)
+        data, _, remarks = _finish(values, depth)
         error = _relative_error(data, values, depth)
         assert error <= _relative_error(search(values, depth), values, depth) * (1 + 1e-6), name
-        for remark in lattice_import.remarks():
+        for remark in remarks:
             if advised := re.search(r"--depth (\d) keeps their codes", remark):
                 better = int(advised[1])
-                at_better, other_import = _import(values, better)
-                assert other_import.n_imported == 1, name
+                at_better, imported, _ = _finish(values, better)
+                assert imported, name
                 assert _relative_error(at_better, values, better) <= error * (1 + 1e-6), name
 
 
 def test_ternary_weights_are_imported_and_mxfp4_is_not() -> None:
     sources = _sources()
-    assert _import(sources["ternary, one scale"], 1)[1].n_imported == 1
+    assert _finish(sources["ternary, one scale"], 1)[1]
     assert lattice_depth(sources["MXFP4"]) == 3
-    assert _import(sources["MXFP4"], 3)[1].n_imported == 0
+    assert not _finish(sources["MXFP4"], 3)[1]
 
 
 @pytest.mark.parametrize(("found", "asked"), [(1, 2), (2, 1), (3, 4), (4, 2)])
 def test_another_depth(found: int, asked: int) -> None:
     values = _values(*encode(_weights(np.random.default_rng(2)), found)).astype(np.float16)
-    data, lattice_import = _import(values, asked)
+    data, imported, remarks = _finish(values, asked)
     assert np.array_equal(data, search(values.astype(np.float32), asked))
-    assert lattice_import.n_imported == 0
+    assert not imported
     if (found, asked) == (2, 1):
-        (remark,) = lattice_import.remarks()
+        (remark,) = remarks
         assert "on a lattice of 2 trits, not 1: --depth 2 keeps their codes" in remark
     else:  # the search comes closer, with the depth asked for or with that of the lattice
-        assert lattice_import.remarks() == []
+        assert remarks == []
 
 
 def test_experts() -> None:
     rng = np.random.default_rng(0)
     matrices = [encode(_weights(rng), 2) for _ in range(4)]
     values = np.stack([_values(*matrix) for matrix in matrices]).astype(np.float16)
-    data, lattice_import = _import(values, 2)
+    data, imported, _ = _finish(values, 2)
     got = unpack(2, data.reshape(-1, BYTES_PER_BLOCK[2])).codes.reshape(values.shape)
     assert all(np.array_equal(got[i], matrices[i][0]) for i in range(4))
-    assert lattice_import.n_imported == 1
+    assert imported
     values[2] = rng.standard_normal(values[2].shape)
-    assert _import(values, 2)[1].n_imported == 0
+    assert not _finish(values, 2)[1]
 
 
 def test_scales_out_of_range() -> None:
     codes, scales = encode(_weights(np.random.default_rng(0)), 2)
-    with pytest.raises(RangeError, match="above"):
-        _import(_values(codes, 1000 * scales), 2)
+    found, _ = finish(_values(codes, 1000 * scales), 2)
+    assert found.blocks is None
+    assert found.reason is not None
+    assert "above the range" in found.reason
 
 
 def _published(folder: Path, checkpoint: Path, depth: int, dtype: torch.dtype) -> dict[str, np.ndarray]:

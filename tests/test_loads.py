@@ -9,15 +9,15 @@ from gguf import GGMLQuantizationType as Type
 from tiny_gguf import TOKENS, write_tiny_model
 
 from tritconv.convert import Job, gguf_to_gguf
-from tritconv.plan import TypePlan
+from tritconv.plan import Plan
 from tritconv.sources.gguf import open_gguf
-from tritconv.writer import write_outline
+from tritconv.writer import Header, write_outline
 from tritcore.errors import TritError
 from tritcore.loads import refusal
 
 pytestmark = pytest.mark.build
 
-PLAN = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
+PLAN = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
 
 
 def test_a_model_that_loads(tiny_model: Path) -> None:
@@ -26,7 +26,8 @@ def test_a_model_that_loads(tiny_model: Path) -> None:
 
 def test_an_outline_is_enough(tiny_model: Path, tmp_path: Path) -> None:
     outline = tmp_path / "outline"
-    size = write_outline(*open_gguf(tiny_model), PLAN, outline)
+    source = open_gguf(tiny_model)
+    size = write_outline(Header(source.architecture, source.metadata, source.tensors, ()), PLAN, outline)
     assert outline.stat().st_size == size
     assert outline.stat().st_blocks * 512 < size
     assert refusal(outline) is None

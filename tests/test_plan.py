@@ -10,7 +10,8 @@ from command_line import tritconv
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
-from tritconv.plan import Kind, SourceTensor, TypePlan, TypeRule, kind_of
+from tritconv.plan import Plan, TypeRule
+from tritconv.sources.source import Kind, SourceTensor, kind_of
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 
@@ -31,10 +32,10 @@ TENSORS = [
     _tensor("blk.1.ffn_up.weight", (64, 96)),
     _tensor("output.weight"),
 ]
-PLAN = TypePlan(2, Q8_0, F16, Q8_0)
+PLAN = Plan(2, Q8_0, F16, Q8_0)
 
 
-def _types(plan: TypePlan) -> dict[str, str]:
+def _types(plan: Plan) -> dict[str, str]:
     return {tensor.name.removesuffix(".weight"): plan.type_of(tensor).name for tensor in TENSORS}
 
 
@@ -74,7 +75,7 @@ def test_later_rules_win() -> None:
 
 
 def test_rules_come_on_top_of_a_ready_plan() -> None:
-    plan = TypePlan(2, Q8_0, F16, Q8_0, {"blk.0.attn_q.weight": Type.TRIT4, "blk.0.ffn_down.weight": Q8_0})
+    plan = Plan(2, Q8_0, F16, Q8_0, {"blk.0.attn_q.weight": Type.TRIT4, "blk.0.ffn_down.weight": Q8_0})
     assert plan.exceptions(TENSORS) == ["blk.0.attn_q.weight=4", "blk.0.ffn_down.weight=q8_0"]
     plan = plan.with_rules([_rule("attn_q", Type.TRIT2)], TENSORS)
     assert plan.exceptions(TENSORS) == ["blk.0.ffn_down.weight=q8_0"]

@@ -15,9 +15,10 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from tritconv.convert import Job, hf_to_gguf
-from tritconv.plan import Kind, TypePlan, TypeRule
+from tritconv.plan import Plan, TypeRule
 from tritconv.sources.checkpoint import find_checkpoint
-from tritconv.sources.mapped import Checkpoint, open_checkpoint
+from tritconv.sources.mapped import open_checkpoint
+from tritconv.sources.source import Kind, Source
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 
@@ -55,8 +56,8 @@ def _quantize(folder: Path, pack: Callable[[torch.Tensor], Packed]) -> Tensors:
     return expected
 
 
-def _opened(folder: Path, pre: str | None = None) -> Checkpoint:
-    return open_checkpoint(find_checkpoint(str(folder)), 2, pre=pre)
+def _opened(folder: Path, pre: str | None = None) -> Source:
+    return open_checkpoint(find_checkpoint(str(folder)), pre=pre)
 
 
 def _check_values(folder: Path, expected: Tensors, pre: str | None = None) -> None:
@@ -274,13 +275,13 @@ def test_mxfp4_experts_become_matrices(gpt_oss: tuple[Path, Tensors]) -> None:
 
 def test_rules_reach_mxfp4_experts(gpt_oss: tuple[Path, Tensors]) -> None:
     tensors = _opened(gpt_oss[0], pre="gpt-2").tensors
-    plan = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0).with_rules([TypeRule(re.compile("exps"), Type.TRIT3)], tensors)
+    plan = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0).with_rules([TypeRule(re.compile("exps"), Type.TRIT3)], tensors)
     assert {tensor.name for tensor in tensors if plan.type_of(tensor) is Type.TRIT3} == gpt_oss[1].keys()
 
 
 @pytest.mark.build
 def test_mxfp4_experts_become_trit(gpt_oss: tuple[Path, Tensors], tmp_path: Path) -> None:
-    plan = TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
+    plan = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
     written = hf_to_gguf(str(gpt_oss[0]), None, Job(plan, tmp_path / "x.gguf", threads=1), pre="gpt-2")
     types = {tensor.name: tensor.type for tensor in read_model_file(written.path).tensors}
     assert {types[name] for name in gpt_oss[1]} == {Type.TRIT2}

@@ -90,7 +90,7 @@ def test_trusted_code_that_fails(victim: Path, tmp_path: Path, monkeypatch: pyte
     _write_code(victim / "tok.py", tmp_path, "raise OSError('the disk of {marker} is gone')")
     _change(victim / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tok.EvilTok", None]})
     with trusted(), pytest.raises(TritError, match=r"its own code for the tokenizer fails: the disk of .* gone"):
-        open_checkpoint(victim, 2)
+        open_checkpoint(victim)
 
 
 def test_code_in_the_folder_and_in_the_config(victim: Path, marker: Path, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_pickles_that_run_something(checkpoint: Path, marker: Path, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": _Payload(marker)}, folder / "pytorch_model.bin")
     with pytest.raises(TritError, match=r"pytorch_model\.bin holds more than tensors"):
-        open_checkpoint(folder, 2)
+        open_checkpoint(folder)
     with pytest.raises(TritError):
         load(folder)
     assert not marker.exists()

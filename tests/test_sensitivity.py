@@ -20,6 +20,7 @@ from tritcore import ggml
 
 pytestmark = pytest.mark.build
 
+MEMORY = 1 << 30
 Q, DOWN = Matrix("self_attn.q_proj.weight"), Matrix("mlp.down_proj.weight")
 
 
@@ -41,7 +42,8 @@ def model(checkpoint: Path) -> LayeredModel:
 def one_to_one(model: LayeredModel) -> dict[str, RowMap]:
     """A tensor for each parameter of the layers."""
     maps = {}
-    for index, layer in enumerate(model.layers):
+    for index in range(model.n_layers):
+        layer = model.working_copy(index)
         by_name: dict[str, list[Matrix]] = {}
         for matrix in matrices_of(layer):
             by_name.setdefault(matrix.name, []).append(matrix)
@@ -62,7 +64,7 @@ def store_of(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap],
 
 def measured(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap] | None = None, seed: int = 0) -> Losses:
     maps = one_to_one(model) if maps is None else maps
-    return measure(model, maps, tokens, seed, store_of(model, tokens, maps, seed), lambda what: None)
+    return measure(model, maps, tokens, seed, store_of(model, tokens, maps, seed), MEMORY, lambda what: None)
 
 
 def stored(weights: torch.Tensor, qtype: Type) -> torch.Tensor:
@@ -80,7 +82,8 @@ def test_predicts_the_divergence(checkpoint: Path, tokens: torch.Tensor) -> None
             return whole(input_ids=tokens).logits.double().log_softmax(dim=-1)
 
     before = predictions()
-    for index, layer in enumerate(model.layers):
+    for index in range(model.n_layers):
+        layer = model.working_copy(index)
         for matrix in (Q, DOWN):
             weights = matrix.of(layer)
             kept = weights.clone()
@@ -160,11 +163,11 @@ def test_kept_losses_are_used_once_all_are_there(model: LayeredModel, tokens: to
     maps = one_to_one(model)
     steps: list[str] = []
     store = store_of(model, tokens, maps, 0)
-    first = measure(model, maps, tokens, 0, store, steps.append)
+    first = measure(model, maps, tokens, 0, store, MEMORY, steps.append)
     assert steps
     steps.clear()
-    assert measure(model, maps, tokens, 0, store, steps.append) == first
+    assert measure(model, maps, tokens, 0, store, MEMORY, steps.append) == first
     assert not steps
     (store.entry.folder / "layer-0001.safetensors").unlink()
-    assert measure(model, maps, tokens, 0, store, steps.append) == first
+    assert measure(model, maps, tokens, 0, store, MEMORY, steps.append) == first
     assert steps

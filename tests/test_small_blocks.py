@@ -1,6 +1,7 @@
 """Blocks below the codebook's range get the least anchor; only a tensor that is small as a whole is refused."""
 
 import itertools
+import re
 
 import ggml as reference
 import numpy as np
@@ -8,18 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import depths
+from tensors import blocks_of, finish
 
-from tritconv.encode import Encoder
-from tritconv.lattice import LatticeImport
 from tritconv.methods import Quantizer, search
 from tritconv.methods.uniform import Uniform
-from tritconv.plan import Kind, SourceTensor
-from tritconv.workers import Workers
 from tritcore import encoder, ggml
 from tritcore.codec import Blocks, unpack, validate
-from tritcore.errors import RangeError
 from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, DEPTHS, ZERO, anchor
-from tritcore.gguf_types import TRIT_TYPE
 
 pytestmark = pytest.mark.build
 
@@ -135,12 +131,6 @@ def test_zeros_are_not_too_small(values: np.ndarray) -> None:
     assert all(encoder.reaches(values.astype(np.float32), depth) for depth in DEPTHS)
 
 
-def _encode(values: np.ndarray, depth: int, quantizer: Quantizer, threads: int = 2) -> np.ndarray:
-    tensor = SourceTensor("blk.0.ffn_up.weight", values.shape, Kind.MATRIX, lambda: values)
-    with Workers(threads) as workers:
-        return Encoder(quantizer, workers).encode(tensor, values, TRIT_TYPE[depth]).data
-
-
 def planted(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """Weights (.., rows, n) with small and zero blocks and rows in them: a third of all rows have some."""
     rng = np.random.default_rng(seed)
@@ -157,10 +147,10 @@ def planted(values: np.ndarray, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_planted_blocks_are_stored(depth: int, quantizer: Quantizer) -> None:
     values = planted(normal(0, (600, 1024), 0.02))
-    data = _encode(values, depth, quantizer, 1)
+    data = blocks_of(values, depth, quantizer, 1)
     blocks = data.reshape(-1, BYTES_PER_BLOCK[depth])
     validate(depth, blocks)
-    assert np.array_equal(data, _encode(values, depth, quantizer, 3))
+    assert np.array_equal(data, blocks_of(values, depth, quantizer, 3))
     decoded = unpack(depth, blocks).decode().reshape(values.shape)
     # small blocks cost next to nothing: the error is that of the others
     exact = values.reshape(-1, 64)
@@ -176,8 +166,9 @@ def test_planted_blocks_are_stored(depth: int, quantizer: Quantizer) -> None:
 def test_a_tensor_that_is_small_as_a_whole_is_refused(dtype: type, depth: int, quantizer: Quantizer) -> None:
     values: np.ndarray = normal(0, (600, 1024), 1e-4).astype(dtype)
     values[:300, :128] = 0
-    with pytest.raises(RangeError, match=r"block 2: largest weight .* is below the range .* too much of the tensor"):
-        _encode(values, depth, quantizer)
+    found, _ = finish(values, depth, quantizer)
+    assert found.blocks is None
+    assert re.match(r"block 2: largest weight .* is below the range .* too much of the tensor", found.reason or "")
 
 
 def test_small_blocks_of_a_lattice_are_searched() -> None:
@@ -185,11 +176,11 @@ def test_small_blocks_of_a_lattice_are_searched() -> None:
     codes = rng.integers(-4, 5, (64 * 4, 64))
     small = rng.random(64 * 4) < 0.1
     blocks = (codes * np.where(small, 2.0**-14, 2.0**-7)[:, None]).astype(np.float32)
-    importer = LatticeImport(search.Search())
-    data = _encode(blocks.reshape(64, 256), 2, importer)
-    assert importer.n_imported == 1
-    assert "100.0% of the groups, 0.0% off at worst" in importer.remarks()[0]
-    decoded = unpack(2, data.reshape(-1, BYTES_PER_BLOCK[2])).decode()
+    found, remarks = finish(blocks.reshape(64, 256), 2)
+    assert found.imported
+    assert found.blocks is not None
+    assert "100.0% of the groups, 0.0% off at worst" in remarks[0]
+    decoded = unpack(2, found.blocks.reshape(-1, BYTES_PER_BLOCK[2])).decode()
     assert np.array_equal(decoded[~small], blocks[~small])
     assert np.array_equal(decoded[small], stored(blocks[small], 2).decode())
 
@@ -198,5 +189,5 @@ def test_small_blocks_of_a_lattice_are_searched() -> None:
 def test_an_expert_that_hardly_does_anything_is_stored_with_the_others(depth: int) -> None:
     values = normal(0, (8, 128, 256), 0.02)
     values[3] *= np.float32(1e-3)
-    validate(depth, _encode(values, depth, search.Search()).reshape(-1, BYTES_PER_BLOCK[depth]))
+    validate(depth, blocks_of(values, depth).reshape(-1, BYTES_PER_BLOCK[depth]))
     assert not encoder.reaches(values[3], depth)

@@ -41,7 +41,7 @@ def _change(file: Path, **changes: Any) -> None:
 
 
 def _header(folder: Path, pre: str | None = "gpt-2") -> dict[str, Any]:
-    return {key: field.value for key, field in open_checkpoint(folder, 2, pre=pre).header.kv_data[0].items()}
+    return {key: field.value for key, field in open_checkpoint(folder, pre=pre).metadata.items()}
 
 
 def _rename_token(folder: Path, old: str, new: str) -> None:
@@ -296,9 +296,9 @@ def test_the_text_part_of_a_vision_model(folder: Path, tmp_path: Path, capfd: py
     transformers.LlavaForConditionalGeneration(config).save_pretrained(vision_model)
     shutil.copy(folder / "tokenizer.model", vision_model)
     capfd.readouterr()
-    checkpoint = open_checkpoint(vision_model, 2)
+    checkpoint = open_checkpoint(vision_model)
     (line,) = capfd.readouterr().err.splitlines()
     assert "the vision part is left out" in line
     assert "--mmproj" in line
-    expected = {tensor.name for tensor in open_checkpoint(folder, 2).tensors}
+    expected = {tensor.name for tensor in open_checkpoint(folder).tensors}
     assert {tensor.name for tensor in checkpoint.tensors} == expected

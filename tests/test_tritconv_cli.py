@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tritconv.cli import app
 from tritconv.convert import Job, gguf_to_gguf
-from tritconv.plan import TypePlan
+from tritconv.plan import Plan
 
 
 def test_version() -> None:
@@ -33,5 +33,5 @@ def test_default_name(stem: str, tiny_model: Path, tmp_path: Path, monkeypatch: 
     source = tmp_path / f"{stem}.gguf"
     source.write_bytes(tiny_model.read_bytes())
     monkeypatch.chdir(tmp_path)
-    written = gguf_to_gguf(source, Job(TypePlan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)))
+    written = gguf_to_gguf(source, Job(Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)))
     assert written.path == Path("tiny-TRIT2.gguf")

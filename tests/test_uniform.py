@@ -13,7 +13,7 @@ from strategies import depths, weights
 
 from tritconv.methods.scales import nearest_scales
 from tritconv.methods.uniform import Uniform, encode
-from tritconv.plan import Kind, SourceTensor
+from tritconv.sources.source import Kind, SourceTensor
 from tritconv.workers import Workers
 from tritcore.codec import Blocks, pack, unpack, validate
 from tritcore.errors import RangeError

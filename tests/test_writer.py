@@ -6,26 +6,35 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
 
-from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.methods import Quantizer
+from tritconv.methods.per_tensor import PerTensor
+from tritconv.methods.search import Search
+from tritconv.plan import Plan
+from tritconv.sources.source import Kind, Origin, Source, SourceTensor
 from tritconv.verify import findings
 from tritconv.workers import Workers
-from tritconv.writer import Written, write
+from tritconv.writer import Header, StoredTensor, write
 from tritcore.errors import TritError
 from tritcore.output import reserve
 
-PLAN = TypePlan(2, Type.Q8_0, Type.F16, Type.Q8_0)
+PLAN = Plan(2, Type.Q8_0, Type.F16, Type.Q8_0)
 
 
 def _tensor(name: str, values: np.ndarray, kind: Kind = Kind.MATRIX, kept: Type | None = None) -> SourceTensor:
     return SourceTensor(name, values.shape, kind, lambda: values, kept)
 
 
-def _write(folder: Path, *tensors: SourceTensor, plan: TypePlan = PLAN, quantizer: object = None) -> Written:
-    header = GGUFWriter(None, arch="llama")
-    with reserve(folder / "x.gguf", force=False) as output:
-        return write(header, tensors, plan, output, 1, lambda name, n: None, quantizer)  # type: ignore[arg-type]
+def _write(
+    folder: Path, *tensors: SourceTensor, plan: Plan = PLAN, quantizer: Quantizer | None = None
+) -> tuple[Path, list[StoredTensor]]:
+    source = Source("x", "llama", {}, tensors, Origin(folder))
+    method = PerTensor(quantizer or Search())
+    header = Header(source.architecture, source.metadata, tensors, method.methods)
+    with reserve(folder / "x.gguf", force=False) as output, Workers(1) as workers:
+        stored = write(header, plan, method.run(source, plan, workers), output, workers, lambda name, n: None)
+        return output.target, stored
 
 
 def _stored(path: Path) -> dict[str, tuple[Type, np.ndarray]]:
@@ -43,10 +52,9 @@ def _stored(path: Path) -> dict[str, tuple[Type, np.ndarray]]:
 def test_what_float16_cannot_hold_becomes_f32(kind: Kind, kept: Type | None, largest: float, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(0, 0.1, (4, 64)).astype(np.float32)
     values[2, 5] = -largest
-    written = _write(tmp_path, _tensor("t.weight", values, kind, kept))
-    assert findings(written.path, 1) == []
-    stored_type, stored = _stored(written.path)["t.weight"]
-    (outcome,) = written.tensors
+    path, (outcome,) = _write(tmp_path, _tensor("t.weight", values, kind, kept))
+    assert findings(path, 1) == []
+    stored_type, stored = _stored(path)["t.weight"]
     if largest > 65504 * 127 or stored_type is Type.F32:
         assert np.array_equal(stored, values)
     assert np.isfinite(stored).all()
@@ -58,9 +66,9 @@ def test_what_float16_cannot_hold_becomes_f32(kind: Kind, kept: Type | None, lar
 @pytest.mark.build
 def test_a_matrix_above_every_range(tmp_path: Path) -> None:
     values = np.full((2, 64), 1e9, np.float32)
-    written = _write(tmp_path, _tensor("blk.0.ffn_up.weight", values))
-    assert _stored(written.path)["blk.0.ffn_up.weight"][0] is Type.F32
-    assert findings(written.path, 1) == []
+    path, _ = _write(tmp_path, _tensor("blk.0.ffn_up.weight", values))
+    assert _stored(path)["blk.0.ffn_up.weight"][0] is Type.F32
+    assert findings(path, 1) == []
 
 
 class _Broken:

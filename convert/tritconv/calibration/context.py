@@ -162,7 +162,9 @@ def sensitivities(context: Context) -> sensitivity.Losses:
     store = context.store("sensitivity", matrices=sensitivity.origins(context.maps))
     with _status("sensitivity") as status:
         progress: Callable[[str], None] = getattr(status, "update", lambda _: None)
-        return sensitivity.measure(context.model, context.maps, context.tokens, context.inputs.seed, store, progress)
+        return sensitivity.measure(
+            context.model, context.maps, context.tokens, context.inputs.seed, store, context.memory, progress
+        )
 
 
 def fitting(text: TextOptions, model: LayeredModel) -> TextOptions:
