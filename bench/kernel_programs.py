@@ -23,6 +23,9 @@ _MACHINES = {"arm": ("aarch64", "arm64"), "x86": ("x86_64", "AMD64")}
 
 _OURS = ROOT / "vendor/llama.cpp-patch/files/ggml/src"
 GGML = BUILD / "src/vendor/llama.cpp/ggml"
+REFERENCE = _OURS / "ggml-trit.c"
+
+_FOLDERS = tuple(f"-I{folder}" for folder in (_OURS, GGML / "src", GGML / "include"))
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,13 @@ class Target:
         Raises:
             TritError: an error of the compiler.
         """
-        kernels = [_OURS / "ggml-trit.c", _OURS / "ggml-cpu/trit.c"]
+        kernels = [REFERENCE, _OURS / "ggml-cpu/trit.c"]
         kernels += [_OURS / "ggml-cpu/arch" / self.arch / name for name in ("trit.c", "trit-gemm.c")]
-        folders = (_OURS, _OURS / "ggml-cpu", GGML / "src", GGML / "src/ggml-cpu", GGML / "include")
-        command = [*self.compiler, "-std=gnu11", "-w", *self.flags, *options]
-        command += [f"-I{folder}" for folder in folders]
-        command += [str(path) for path in (source, *kernels, *others)]
-        command += ["-o", str(program), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-            raise TritError(f"{source.name} cannot be built for {self.name}: {first}")
+        search = compile_search(self.compiler, program.parent)
+        command = [*self.compiler, "-std=gnu11", "-w", *self.flags, *options, *_FOLDERS]
+        command += [f"-I{folder}" for folder in (_OURS / "ggml-cpu", GGML / "src/ggml-cpu")]
+        command += [str(path) for path in (source, *kernels, search, *others)]
+        _compile([*command, "-o", str(program), "-lm"], f"{source.name} for {self.name}")
 
 
 NEON = (
@@ -100,6 +99,27 @@ X86 = (
     Target("avx512bw", "x86", _AVX512, ("avx512bw", "avx512vl")),
     Target("avx512vnni", "x86", (*_AVX512, "-mavx512vnni"), ("avx512_vnni", "avx512vl")),
 )
+
+
+def compile_search(compiler: Sequence[str], folder: Path) -> Path:
+    """The object file of the vector kernels that `REFERENCE` searches with.
+
+    It is made without sanitizers: with them it takes minutes, and programs that check other kernels search nothing.
+
+    Raises:
+        TritError: an error of the compiler.
+    """
+    made = folder / "ggml-trit-tile.o"
+    options = ("-std=gnu11", "-w", "-O1", "-ffp-contract=off", *_FOLDERS)
+    _compile([*compiler, *options, "-c", str(_OURS / "ggml-trit-tile.c"), "-o", str(made)], made.name)
+    return made
+
+
+def _compile(command: Sequence[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise TritError(f"{what} cannot be built: {first}")
 
 
 def missing_programs(names: Iterable[str]) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_kernels_cross import OPTIONS, SANITIZERS
 
-from kernel_programs import GGML
+from kernel_programs import GGML, REFERENCE, compile_search
 from llamabuild.shell import run
 from llamabuild.toolchain import find_compilers
 from programs import ROOT
@@ -28,8 +28,9 @@ def check(folder: Path, layout: str, options: tuple[str, ...], kernels: Path = O
     folders = [HERE, kernels, OURS, OURS / "ggml-cpu", GGML / "src", GGML / "src/ggml-cpu", GGML / "include"]
     flags = [*OPTIONS, *options, "-w", *(f"-I{path}" for path in folders)]
     reference, program = folder / "ggml-trit.o", folder / "check"
-    run([*compilers.c, "-std=gnu11", *flags, "-c", OURS / "ggml-trit.c", "-o", reference])
-    run([*compilers.cxx, "-std=c++17", *flags, *LAYOUTS[layout], HERE / "check.cpp", reference, "-o", program])
+    run([*compilers.c, "-std=gnu11", *flags, "-c", REFERENCE, "-o", reference])
+    objects = [reference, compile_search(compilers.c, folder)]
+    run([*compilers.cxx, "-std=c++17", *flags, *LAYOUTS[layout], HERE / "check.cpp", *objects, "-o", program])
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 

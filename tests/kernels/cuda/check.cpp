@@ -24,7 +24,7 @@ static int signed_byte(uint32_t bytes, int i) {
 
 template <int depth>
 static const uint16_t * words_of(const struct problem & p, int row, int ib) {
-    return (const uint16_t *) p.rows.data + ((int64_t) row*p.n_blocks + ib)*trit_n_words(depth);
+    return (const uint16_t *) p.rows.data + ((int64_t) row*p.n_blocks + ib)*TRIT_WORDS(depth);
 }
 
 template <int depth>
@@ -37,7 +37,7 @@ static void check_block(const struct problem & p, int row, int ib) {
     trit_unpack<depth>(words, codes, k);
 
     for (int i = 0; i < QK_TRIT; ++i) {
-        const int whole  = (int) (codes[i/4] >> 8*(i%4) & 0xFF) - trit_offset(depth);
+        const int whole  = (int) (codes[i/4] >> 8*(i%4) & 0xFF) - TRIT_OFFSET(depth);
         const int tile   = signed_byte(trit_signed_bytes<depth>(codes[i/4]), i%4);
         const int single = trit_code<depth>(words, i);
         if (whole != block.code[i] || tile != block.code[i] || single != block.code[i]) {
