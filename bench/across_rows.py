@@ -19,21 +19,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
 
 from command import exit_status
 from tritconv.methods.imatrix import read_imatrix
-from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.plan import Plan
 from tritconv.sources.gguf import open_gguf
+from tritconv.sources.source import Kind, Source, SourceTensor, Value
 from tritconv.workers import all_cores
-from tritconv.writer import write
 from tritcore import ggml
 from tritcore.console import err, out
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 from tritcore.gguf_types import TRIT_TYPE
-from tritcore.output import reserve
 from tritrun.comparison import STAND_IN_BITS, STAND_IN_TYPE, contents
+from write_model import write_model
 
 _NAMES = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -90,41 +90,35 @@ def write_across_rows(
         TritError: a matrix does not fill whole blocks or is not in the imatrix, or a file cannot be read or written.
     """
     read_model_file(base)  # checks the header before anything trusts it
-    header, tensors = open_gguf(base)
+    model = open_gguf(base)
     statistics = None if imatrix is None else read_imatrix(imatrix)
     made = []
-    for tensor in tensors:
+    for tensor in model.tensors:
         if tensor.kind is Kind.MATRIX:
             _check(tensor, qtype, base)
             importance = None if statistics is None else _importance(tensor, statistics, imatrix)
             tensor = _round_trip(tensor, qtype, importance, threads)
         made.append(tensor)
     block, size = GGML_QUANT_SIZES[qtype]
-    _describe(header, qtype.name, 8 * size / block, imatrix is not None)
-    _write(header, made, target, threads)
+    about = _described(qtype.name, 8 * size / block, imatrix is not None)
+    _write(replace(model, tensors=tuple(made)), about, target, threads)
 
 
 def write_decoded(source: Path, target: Path, threads: int = 1) -> None:
     """Write a model with its matrices as they are, in float16; `target` appears when it is whole. Raises TritError."""
     own = contents(read_model_file(source))
-    header, tensors = open_gguf(source)
-    made = [replace(t, kept_type=GGMLQuantizationType.F16) if t.kind is Kind.MATRIX else t for t in tensors]
-    _describe(header, own.file_type, own.layer_bits, imatrix=False)
-    _write(header, made, target, threads)
+    model = open_gguf(source)
+    made = [replace(t, kept_type=GGMLQuantizationType.F16) if t.kind is Kind.MATRIX else t for t in model.tensors]
+    about = _described(own.file_type, own.layer_bits, imatrix=False)
+    _write(replace(model, tensors=tuple(made)), about, target, threads)
 
 
-def _write(header: GGUFWriter, tensors: list[SourceTensor], target: Path, threads: int) -> None:
+def _write(model: Source, about: dict[str, Value], target: Path, threads: int) -> None:
     """Write tensors in the types that they have; embeddings and output matrix in Q8_0."""
     q8_0 = GGMLQuantizationType.Q8_0
-    with err.status(f"{target.name}") as status, reserve(target, force=True) as output:
-        write(
-            header,
-            tensors,
-            TypePlan(1, q8_0, q8_0, q8_0),
-            output,
-            threads,
-            lambda name, _: status.update(f"{target.name}: {name}"),
-        )
+    with err.status(f"{target.name}") as status:
+        plan = Plan(1, q8_0, q8_0, q8_0)
+        write_model(model, about, plan, target, threads, lambda name, _: status.update(f"{target.name}: {name}"))
 
 
 def _check(tensor: SourceTensor, qtype: GGMLQuantizationType, base: Path) -> None:
@@ -164,11 +158,13 @@ def _round_trip(
     return replace(tensor, load=load, kept_type=GGMLQuantizationType.F16)
 
 
-def _describe(header: GGUFWriter, name: str, bits_per_weight: float, imatrix: bool) -> None:
-    header.add_file_type(LlamaFileType.MOSTLY_F16)
-    header.add_string(STAND_IN_TYPE, name)
-    header.add_float32(STAND_IN_BITS, bits_per_weight)
-    header.add_bool("bench.across_rows.imatrix", imatrix)
+def _described(name: str, bits_per_weight: float, imatrix: bool) -> dict[str, Value]:
+    """Metadata of a file that stands for a type."""
+    return {
+        STAND_IN_TYPE: Value(name, GGUFValueType.STRING),
+        STAND_IN_BITS: Value(bits_per_weight, GGUFValueType.FLOAT32),
+        "bench.across_rows.imatrix": Value(imatrix, GGUFValueType.BOOL),
+    }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def measure(command: Sequence[object], environment: Mapping[str, str], folder: P
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
             process.kill()  # only where this process is interrupted: it has ended otherwise
+            process.wait()
     wall = time.monotonic() - start
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
@@ -169,7 +171,7 @@ def convert(case: Case, revision: Revision, options: argparse.Namespace, target:
     """Convert with an empty cache, in an empty folder. Raises TritError."""
     if not options.busy:
         wait_until_quiet()
-    with tempfile.TemporaryDirectory(dir=options.output) as name:
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
         environment = os.environ | {
             "PYTHONPATH": revision.path,
@@ -280,7 +282,7 @@ def large(options: argparse.Namespace, work: Path, here: Revision) -> dict[str, 
             shape = replace(_TINY if options.quick else PRESETS[_LARGE], layers=layers)
             folder = write_checkpoint(Path(name) / f"{_LARGE}-{layers}", shape)
             case = Case(folder.name, "hf-to-gguf", folder, tokens)
-            found[layers] = convert(case, here, options, folder.with_suffix(".gguf"))
+            found[layers] = convert(case, here, options, folder.with_name(f"{folder.name}.gguf"))
     out.print(_large_table(found, whole), markup=False, soft_wrap=True)
     return {"tokens": tokens, "layers": {str(layers): asdict(done) for layers, done in found.items()}}
 
@@ -358,6 +360,7 @@ def report(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure what the command line asks for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the conversion too, as Ctrl-C does
     report(parse())
 
 

@@ -20,18 +20,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from command import exit_status
 from programs import ROOT
-from tritconv.plan import Kind, SourceTensor, TypePlan
+from tritconv.plan import Plan
 from tritconv.sources.gguf import open_gguf
+from tritconv.sources.source import Kind, SourceTensor, Value
 from tritconv.workers import all_cores
-from tritconv.writer import write
 from tritcore.console import err, out
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
-from tritcore.output import reserve
+from write_model import write_model
 
 _SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 _Q4_1 = GGMLQuantizationType.Q4_1
@@ -62,20 +62,19 @@ def write_gguf(source: Path, target: Path, seed: int | None) -> None:
         TritError: the source is no such file, or the target cannot be written.
     """
     read_model_file(source)  # checks the header before anything trusts it
-    header, tensors = open_gguf(source)
-    lattice = {tensor.name: tensor.data for tensor in GGUFReader(source).tensors if tensor.tensor_type is _Q4_1}
+    model = open_gguf(source)
+    stored = GGUFReader(source).tensors
+    lattice = {tensor.name: tensor.data for tensor in stored if tensor.tensor_type is _Q4_1}
     if not lattice:
         raise TritError(f"{source} has no Q4_1 matrices, so it has no lattice to take away; give a Q4_1 file")
-    header.add_file_type(LlamaFileType.MOSTLY_F16)
+    made = [_in_float16(tensor) for tensor in model.tensors]
+    about = {}
     if seed is not None:
-        header.add_string("bench.noise", f"uniform, one step of the Q4_1 source wide, seed {seed}")
-
-    plan = TypePlan(1, *[GGMLQuantizationType.F16] * 3)
-    made = [_in_float16(tensor) for tensor in tensors]
-    if seed is not None:
-        made = [_with_noise(tensor, lattice, (seed, i)) for i, tensor in enumerate(made)]
-    with reserve(target, force=True) as output:
-        write(header, made, plan, output, all_cores(), lambda name, n_bytes: None)
+        place = {tensor.name: i for i, tensor in enumerate(stored)}
+        made = [_with_noise(tensor, lattice, (seed, place[tensor.name])) for tensor in made]
+        about["bench.noise"] = Value(f"uniform, one step of the Q4_1 source wide, seed {seed}", GGUFValueType.STRING)
+    plan = Plan(1, *[GGMLQuantizationType.F16] * 3)
+    write_model(replace(model, tensors=tuple(made)), about, plan, target, all_cores())
 
 
 def _in_float16(tensor: SourceTensor) -> SourceTensor:

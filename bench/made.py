@@ -27,7 +27,7 @@ def make(
     """
     stamp = targets[0].with_name(f"{targets[0].name}.made")
     wanted = _recipe(targets, command, sources)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TritError):
         if json.loads(stamp.read_text(encoding="utf-8")) == {"of": wanted, "is": digest_of_files(targets)}:
             return
     stamp.unlink(missing_ok=True)

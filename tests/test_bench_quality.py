@@ -192,7 +192,7 @@ def test_it_makes_what_llama_quantize_does_where_that_can(with_imatrix: bool, tm
     types = {tensor.name: tensor.type.name for tensor in model.tensors}
     assert types["token_embd.weight"] == types["output.weight"] == "Q8_0"
     assert types["blk.0.attn_q.weight"] == "F16"
-    assert model.metadata["bench.across_rows.type"] == "Q3_K"
+    assert model.metadata["trit.stand_in.type"] == "Q3_K"
     assert model.metadata["trit.stand_in.bits_per_weight"] == 3.4375
     assert model.metadata["bench.across_rows.imatrix"] is with_imatrix
     assert np.isfinite(logits(made, "any text")).all()
