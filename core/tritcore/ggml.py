@@ -1,7 +1,7 @@
 """ggml's own encoders, from the installed llama-cpp-python: the reference in C, and the fastest on a CPU.
 
-`gptq_quantize` and `gptq_descend` work on transposed rows of blocks: float32 (64, rows), the scales of groups (4, rows).
-These arrays may be parts `array[:, first:last]` of larger ones, so that threads can share the rows of one.
+`gptq_quantize` and `gptq_descend` work on transposed rows of blocks: float32 (64, rows), the scales of groups
+(4, rows). These arrays may be parts `array[:, first:last]` of larger ones, so that threads can share the rows of one.
 
 The library is loaded by itself: it needs neither a backend nor a model. Calls let go of Python's lock, so threads
 encode at the same time.

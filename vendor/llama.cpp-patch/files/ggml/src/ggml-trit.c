@@ -21,7 +21,6 @@ const float   ggml_trit_anchor_octave[4][8]  = { TRIT_ANCHOR_OCTAVES };
 typedef uint8_t trit_plane[TRIT_WORDS(4)][TRIT_PER_WORD];
 
 static const int n_words [5] = { 0, TRIT_WORDS(1),  TRIT_WORDS(2),  TRIT_WORDS(3),  TRIT_WORDS(4)  };
-static const int code_max[5] = { 0, TRIT_OFFSET(1), TRIT_OFFSET(2), TRIT_OFFSET(3), TRIT_OFFSET(4) };
 
 int ggml_trit_n_words(int depth) {
     assert(depth >= 1 && depth <= 4);
@@ -62,9 +61,10 @@ static uint8_t * scale_trit(int depth, trit_plane t, int g, int s) {
     }
 }
 
-static uint16_t word_from_trits(const uint8_t trit[TRIT_PER_WORD]) {
-    uint32_t v = 0;
-    for (int j = 0; j < TRIT_PER_WORD; ++j) {
+// the word whose first trits are those of the number `first`, and whose other trits are given
+static uint16_t word_from_trits(uint32_t first, const uint8_t * trit, int n) {
+    uint32_t v = first;
+    for (int j = 0; j < n; ++j) {
         v = 3*v + trit[j];
     }
     // a fixed-point fraction of 3^10, rounded up: the n trits from trit j on are (q * 3^j mod 2^16) * 3^n / 2^16
@@ -97,12 +97,12 @@ void ggml_trit_unpack(int depth, const uint16_t * words, struct ggml_trit_block 
     }
 }
 
-void ggml_trit_pack(int depth, const struct ggml_trit_block * block, uint16_t * words) {
+static inline void pack(int depth, const struct ggml_trit_block * block, uint16_t * words) {
+    // trits other than those of the whole codes that the words of quads begin with
     trit_plane t;
     memset(t, TRIT_RESERVED, sizeof(t));
-
-    for (int i = 0; i < QK_TRIT; ++i) {
-        int rest = block->code[i] + code_max[depth];
+    for (int i = 4*TRIT_QUADS(depth)*TRIT_CODES_PER_WORD(depth); i < QK_TRIT; ++i) {
+        int rest = block->code[i] + TRIT_OFFSET(depth);
         for (int s = depth - 1; s >= 0; --s) {
             *weight_trit(depth, t, i, s) = rest % 3;
             rest /= 3;
@@ -116,8 +116,26 @@ void ggml_trit_pack(int depth, const struct ggml_trit_block * block, uint16_t * 
         }
     }
 
-    for (int l = 0; l < n_words[depth]; ++l) {
-        words[l] = word_from_trits(t[l]);
+    const int n_first = depth*TRIT_CODES_PER_WORD(depth);
+    for (int l = 0; l < 4*TRIT_QUADS(depth); ++l) {
+        const int8_t * code = block->code + l/4*4*TRIT_CODES_PER_WORD(depth) + l%4;
+        uint32_t first = 0;
+        for (int c = 0; c < TRIT_CODES_PER_WORD(depth); ++c) {
+            first = TRIT_LEVELS(depth)*first + (code[4*c] + TRIT_OFFSET(depth));
+        }
+        words[l] = word_from_trits(first, t[l] + n_first, TRIT_PER_WORD - n_first);
+    }
+    for (int l = 4*TRIT_QUADS(depth); l < TRIT_WORDS(depth); ++l) {
+        words[l] = word_from_trits(0, t[l], TRIT_PER_WORD);
+    }
+}
+
+void ggml_trit_pack(int depth, const struct ggml_trit_block * block, uint16_t * words) {
+    switch (depth) { // so that the depth is a constant
+        case 1:  pack(1, block, words); break;
+        case 2:  pack(2, block, words); break;
+        case 3:  pack(3, block, words); break;
+        default: pack(4, block, words); break;
     }
 }
 
@@ -335,8 +353,11 @@ static bool search_scales(const struct trit_lattice * lat, const float * x, cons
 
 static void nearest_codes(const struct trit_lattice * lat, int depth, const float * x, struct ggml_trit_block * block) {
     const float anchor = ggml_trit_anchor(depth, block->k);
-    for (int i = 0; i < QK_TRIT; ++i) {
-        block->code[i] = (int8_t) round_to_code(x[i] / (anchor * group_ratio(block->k, i/QG_TRIT)), lat->code_max);
+    for (int g = 0; g < NG_TRIT; ++g) {
+        const float scale = anchor * group_ratio(block->k, g);
+        for (int i = QG_TRIT*g; i < QG_TRIT*(g + 1); ++i) {
+            block->code[i] = (int8_t) (int) round_to_code(x[i]/scale, lat->code_max);
+        }
     }
 }
 
