@@ -12,11 +12,11 @@ import time
 import numpy as np
 from rich.table import Table
 
-from tritconv.encode import Encoder
+from tritconv.encode import check_finite, measured
 from tritconv.methods import Quantizer
-from tritconv.methods.search import Search
+from tritconv.methods.search import Search, check_reach
 from tritconv.methods.uniform import Uniform
-from tritconv.plan import Kind, SourceTensor
+from tritconv.sources.source import Kind, SourceTensor
 from tritconv.workers import Workers, all_cores
 from tritcore import ggml
 from tritcore.console import out
@@ -41,13 +41,16 @@ def main() -> None:
     single = weights.astype(np.float32)
     table = Table("type", f"{options.method}, {options.threads} threads", "ggml, 1 thread", title="million weights/s")
     with Workers(options.threads) as workers:
-        encoder = Encoder(METHODS[options.method](), workers)
+        method = METHODS[options.method]()
+
+        def convert(depth: int) -> None:
+            check_finite(tensor, weights, workers)
+            check_reach(weights, depth, workers)
+            measured(weights, method.quantize(tensor, weights, depth, workers), TRIT_TYPE[depth], workers)
+
         for depth in DEPTHS:
             qtype = TRIT_TYPE[depth]
-            contestants = (
-                lambda qtype=qtype: encoder.encode(tensor, weights, qtype),
-                lambda qtype=qtype: ggml.quantize(single, qtype),
-            )
+            contestants = (lambda depth=depth: convert(depth), lambda qtype=qtype: ggml.quantize(single, qtype))
             speeds: list[list[float]] = [[], []]
             for _ in range(options.repeat + 1):  # the first run warms up
                 for run, speed in zip(contestants, speeds, strict=True):
