@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from tritconv.convert import Job, hf_to_gguf
 from tritconv.plan import Plan
+from tritconv.sources import lazy
 from tritconv.sources.checkpoint import find_checkpoint
 from tritconv.sources.mapped import open_checkpoint
-from tritconv.sources.source import Source, SourceTensor
+from tritconv.sources.source import Kind, Source, SourceTensor
 from tritcore.errors import TritError
 
 Weights = dict[str, torch.Tensor]
@@ -57,6 +58,25 @@ def _converted(folder: Path) -> dict[str, Any]:
 
 def _tensor(found: Source, name: str) -> SourceTensor:
     return next(tensor for tensor in found.tensors if tensor.name == name)
+
+
+def test_tensors_are_read_again_and_in_part(checkpoint: Path, tmp_path: Path) -> None:
+    """Llama's q and k are permuted by the converter: of these, a sample takes the whole."""
+    folder = shutil.copytree(checkpoint, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for place in (checkpoint, folder):
+        for tensor in _opened(place).tensors:
+            whole = tensor.load()
+            assert np.array_equal(tensor.load(), whole), tensor.name
+            if tensor.kind is Kind.MATRIX:
+                assert np.array_equal(tensor.sample(7)[0], whole[::7]), tensor.name
+
+
+def test_a_sample_reads_few_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (down,) = (tensor for tensor in _opened(checkpoint).tensors if tensor.name == "blk.0.ffn_down.weight")
+    monkeypatch.setattr(lazy.LazyLoad, "__call__", lambda _: pytest.fail("read the whole"))
+    assert down.sample(7).shape == (1, -(-down.shape[0] // 7), down.shape[1])
 
 
 def _values(found: Source) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from tritconv.convert import Job, gguf_to_gguf
 from tritconv.plan import Plan
 from tritconv.sources.gguf import open_gguf
 from tritconv.verify import findings
+from tritcore import encoder
 from tritcore.codec import pack, unpack
 from tritcore.errors import TritError
 from tritcore.gguf_header import parts_of, raw_values, read_model_file
@@ -214,6 +215,37 @@ def test_tensors_that_gguf_py_does_not_write(tmp_path: Path) -> None:
     assert (scalar.shape, scalar.kept_type, scalar.load().tolist()) == ((1,), Type.F32, [7])
     assert (double.shape, double.kept_type, double.load().tolist()) == ((1, 2), Type.F32, [[0.5, np.inf]])
     assert (matrix.kept_type, matrix.load().dtype, matrix.load().tolist()) == (None, np.float32, [[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize("qtype", [Type.F16, Type.F32, Type.Q4_K, Type.Q8_0, TRIT_TYPE[2]])
+def test_tensors_are_read_again_and_in_part(qtype: Type, tmp_path: Path) -> None:
+    block, size = GGML_QUANT_SIZES[qtype]
+    n = 256
+    blocks = np.random.default_rng(0).integers(0, 256, (3 * 7, n // block * size), np.uint8)
+    if qtype is TRIT_TYPE[2]:
+        blocks = encoder.quantize(np.random.default_rng(0).standard_normal((3 * 7, n)).astype(np.float32), 2)
+    path = tmp_path / "x.gguf"
+    table = [tensor_entry("blk.0.ffn_up_exps.weight", qtype, (n, 7, 3))]
+    path.write_bytes(bare_gguf([LLAMA, u32_entry("trit.format_version", 1)], table) + blocks.tobytes())
+    (tensor,) = open_gguf(path).tensors
+    whole = tensor.load()
+    assert whole.shape == (3, 7, n)
+    assert np.array_equal(tensor.load(), whole, equal_nan=True)
+    assert np.array_equal(tensor.sample(3), whole[:, ::3], equal_nan=True)
+
+
+def test_tensors_are_in_the_order_of_the_layers(tmp_path: Path) -> None:
+    names = ["output.weight", "blk.10.ffn_up.weight", "blk.2.ffn_up.weight", "rope_freqs.weight", "token_embd.weight"]
+    path = tmp_path / "x.gguf"
+    table = [tensor_entry(name, Type.F32, (32, 1), 128 * number) for number, name in enumerate(names)]
+    path.write_bytes(bare_gguf([LLAMA], table, 128 * len(names)))
+    assert [tensor.name for tensor in open_gguf(path).tensors] == [
+        "token_embd.weight",
+        "blk.2.ffn_up.weight",
+        "blk.10.ffn_up.weight",
+        "output.weight",
+        "rope_freqs.weight",
+    ]
 
 
 def test_damaged_blocks_are_not_read_as_weights(tmp_path: Path) -> None:

@@ -71,6 +71,27 @@ def test_a_matrix_above_every_range(tmp_path: Path) -> None:
     assert findings(path, 1) == []
 
 
+@pytest.mark.build
+def test_the_header_says_what_became_of_each_tensor(tmp_path: Path) -> None:
+    """It is written last, into room that was reserved before anything was known."""
+    rng = np.random.default_rng(0)
+    lattice = (rng.integers(-1, 2, (64, 128)) * 0.0371).astype(np.float16)
+    tensors = (
+        _tensor("token_embd.weight", np.ones((4, 64), np.float32), Kind.EMBEDDING),
+        _tensor("blk.0.a.weight", rng.normal(0, 0.05, (64, 128)).astype(np.float32)),
+        _tensor("blk.0.b.weight", lattice),
+        _tensor("blk.0.c.weight", np.full((2, 64), 1e9, np.float32)),
+    )
+    plan = Plan(1, Type.Q8_0, Type.F16, Type.Q8_0).with_lattices(tensors)
+    path, stored = _write(tmp_path, *tensors, plan=plan)
+    fields = GGUFReader(path).fields
+    assert fields["trit.methods"].contents() == ["none", "search"]
+    assert fields["trit.tensor.method"].contents() == [0, 1, 1, 0]
+    assert fields["trit.imported"].contents() == 1
+    assert [one.imported for one in stored] == [False, False, True, False]
+    assert [found[0] for found in _stored(path).values()] == [Type.Q8_0, Type.TRIT1, Type.TRIT1, Type.F32]
+
+
 class _Broken:
     """A method whose blocks are no encodings."""
 

@@ -22,8 +22,8 @@ from tritconv.sources.gguf import open_gguf
 from tritconv.sources.source import Kind, Source, Value
 from tritconv.workers import Workers, all_cores
 from tritconv.writer import Header, Written, file_bytes, write, write_outline
-from tritcore import loads
-from tritcore.console import byte_bar, err, one_line
+from tritcore import loads, sizes
+from tritcore.console import byte_bar, err, note, one_line
 from tritcore.errors import TritError
 from tritcore.format import FORMAT_VERSION
 from tritcore.gguf_header import name_of_model, read_model_file
@@ -33,6 +33,8 @@ from tritcore.output import Output, reserve
 if TYPE_CHECKING:
     from tritconv.calibration.context import CalibrationOptions
     from tritconv.methods.tune import TuneOptions
+
+_LARGE = 10**9  # bytes of a file whose size is worth a line before the work
 
 # How file names end that say their type: model-F16, model.Q4_K_M
 _TYPE_SUFFIX = re.compile(r"[-.](F32|F16|BF16|TRIT[1-4]|T?I?Q\d\w*)$", re.IGNORECASE)
@@ -158,6 +160,8 @@ def _check_outline(source: Source, plan: Plan, output: Output) -> None:
     with _status("asking llama.cpp"):
         metadata = {**source.metadata, **_own_metadata(source, plan, None, ())}
         size = write_outline(Header(source.architecture, metadata, source.tensors, ()), plan, output.partial)
+        if size >= _LARGE:
+            note(f"needs {sizes.show(size)} on disk for {output.target}")
         output.check_space(size)
         why = loads.refusal(output.partial)
     if why is not None:

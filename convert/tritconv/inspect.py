@@ -14,7 +14,7 @@ from tritcore.codec import Blocks, unpack, validate
 from tritcore.console import without_controls
 from tritcore.errors import TritError
 from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, N_SCALES
-from tritcore.gguf_header import ModelFile, Skipped, Tensor, read_model_file
+from tritcore.gguf_header import ModelFile, Skipped, Tensor, raw_values, read_model_file
 from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _BAR_WIDTH = 40
@@ -76,7 +76,10 @@ def _tensor_table(model: ModelFile) -> Table:
     table = Table("tensor", "type", "shape", "size", "bits/weight", title="tensors")
     for column in table.columns[3:]:
         column.justify = "right"
-    for tensor in model.tensors:
+    methods = _methods(model)
+    if methods is not None:
+        table.add_column("method")
+    for number, tensor in enumerate(model.tensors):
         weights = math.prod(tensor.shape)
         table.add_row(
             escape(tensor.name),
@@ -84,11 +87,26 @@ def _tensor_table(model: ModelFile) -> Table:
             " x ".join(str(n) for n in tensor.shape),
             human_size(tensor.n_bytes),
             f"{8 * tensor.n_bytes / weights:.2f}" if weights else "-",
+            *([] if methods is None else [escape(methods[number])]),
         )
     table.add_section()
     total = sum(tensor.n_bytes for tensor in model.tensors)
     table.add_row("total", "", "", human_size(total), f"{model.bits_per_weight:.2f}", style="bold")
     return table
+
+
+def _methods(model: ModelFile) -> list[str] | None:
+    """By which method the blocks of each tensor were made, "" for none; None where the file does not say."""
+    wanted = ("trit.methods", "trit.tensor.method")
+    if not set(wanted) <= model.fields.keys():
+        return None
+    values = {key: value for key, _, value in raw_values(model) if key in wanted}
+    names, numbers = (values[key] for key in wanted)
+    if not (isinstance(names, list) and isinstance(numbers, list) and len(numbers) == len(model.tensors)):
+        return None
+    if not all(isinstance(name, bytes) for name in names) or any(n not in range(len(names)) for n in numbers):
+        return None
+    return [without_controls(names[n].decode(errors="replace")) if n else "" for n in numbers]
 
 
 def _histogram(title: str, name: str, values: np.ndarray, labels: range) -> Table:
