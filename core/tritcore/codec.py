@@ -11,21 +11,21 @@ from tritcore.errors import TritError
 from tritcore.format import (
     BLOCK_SIZE,
     CODE_MAX,
+    CODES_PER_WORD,
     DEPTHS,
     GROUP_SIZE,
     N_GROUPS,
+    QUADS,
     RATIO,
     RATIO_ONE,
+    RESERVED,
+    TRITS_PER_WORD,
     WORDS_PER_BLOCK,
     anchor,
 )
 
-_PER_WORD = 10  # trits in a word
-_V_RANGE = 3**_PER_WORD  # values of a word
+_V_RANGE = 3**TRITS_PER_WORD  # values of a word
 _AT_ONCE = 2048  # blocks that are validated together: they and what is computed of them fit into a core's cache
-_RESERVED = 1  # value of the trits that hold nothing
-_FIELDS = {1: 8, 2: 5, 3: 3, 4: 2}  # whole codes in a word
-_QUADS = {1: 2, 2: 3, 3: 5, 4: 6}  # quads of words that are filled so; the weights that are left go into gaps
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Blocks:
 
 
 def _slot(word: int, trit: int) -> int:
-    return _PER_WORD * word + trit
+    return TRITS_PER_WORD * word + trit
 
 
 def _weight_slot(depth: int, i: int, s: int) -> int:
     """The slot of trit s of weight i. Words stand in quads; a quad holds four weights at a time, one in each lane."""
-    quad, rest = divmod(i, 4 * _FIELDS[depth])
+    quad, rest = divmod(i, 4 * CODES_PER_WORD[depth])
     lane = i % 4
-    if quad < _QUADS[depth]:
+    if quad < QUADS[depth]:
         return _slot(4 * quad + lane, depth * (rest // 4) + s)
     if depth == 2:
         return _slot(12 + lane // 2, 2 * (lane % 2) + s)
@@ -101,10 +101,10 @@ def _reserved_fields(depth: int) -> np.ndarray:
     used = {*_WEIGHT_SLOTS[depth].flat, *_SCALE_SLOTS[depth].flat}
     fields = []
     for word in range(WORDS_PER_BLOCK[depth]):
-        n = sum(_slot(word, trit) not in used for trit in range(_PER_WORD))
-        value = _RESERVED * (3**n - 1) // 2
+        n = sum(_slot(word, trit) not in used for trit in range(TRITS_PER_WORD))
+        value = RESERVED * (3**n - 1) // 2
         low, end = (-(-(v << 16) // 3**n) for v in (value, value + 1))
-        fields.append((3 ** (_PER_WORD - n), low, end - low) if n else (0, 0, 1))
+        fields.append((3 ** (TRITS_PER_WORD - n), low, end - low) if n else (0, 0, 1))
     return np.tile(np.array(fields, np.uint16).T, _AT_ONCE)
 
 
@@ -136,13 +136,13 @@ def pack(blocks: Blocks) -> np.ndarray:
     """
     depth, n_words = blocks.depth, WORDS_PER_BLOCK[blocks.depth]
     # a row for each slot, so that picking slots moves whole rows
-    trits = np.full((n_words * _PER_WORD, len(blocks.codes)), _RESERVED, dtype=np.uint8)
+    trits = np.full((n_words * TRITS_PER_WORD, len(blocks.codes)), RESERVED, dtype=np.uint8)
     _put(trits, _WEIGHT_SLOTS[depth], (blocks.codes.T + np.int8(CODE_MAX[depth])).view(np.uint8))
     _put(trits, _SCALE_SLOTS[depth], blocks.scales.T)
 
     v = np.zeros((n_words, trits.shape[1]), dtype=np.uint32)
-    for j in range(_PER_WORD):
-        v = 3 * v + trits[j::_PER_WORD]
+    for j in range(TRITS_PER_WORD):
+        v = 3 * v + trits[j::TRITS_PER_WORD]
     # a fixed-point fraction of 3^10, rounded up: the n trits from trit j on are (q * 3^j mod 2^16) * 3^n / 2^16
     words = (v * np.uint32(65536) + np.uint32(59048)) // np.uint32(59049)
     return np.ascontiguousarray(words.T, dtype="<u2").view(np.uint8)
@@ -155,10 +155,10 @@ def unpack(depth: int, data: np.ndarray) -> Blocks:
         data: uint8 (n, bytes per block).
     """
     words = np.ascontiguousarray(np.ascontiguousarray(data).view("<u2").T, dtype=np.uint32)
-    trits = np.empty((len(words) * _PER_WORD, words.shape[1]), dtype=np.uint8)
-    for j in range(_PER_WORD):
+    trits = np.empty((len(words) * TRITS_PER_WORD, words.shape[1]), dtype=np.uint8)
+    for j in range(TRITS_PER_WORD):
         words = 3 * words
-        trits[j::_PER_WORD] = words >> 16
+        trits[j::TRITS_PER_WORD] = words >> 16
         words &= 0xFFFF
 
     codes = _get(trits, _WEIGHT_SLOTS[depth]).view(np.int8) - np.int8(CODE_MAX[depth])

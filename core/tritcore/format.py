@@ -17,6 +17,11 @@ WORDS_PER_BLOCK = {1: 8, 2: 14, 3: 21, 4: 27}  # 16-bit words
 BYTES_PER_BLOCK = {depth: 2 * words for depth, words in WORDS_PER_BLOCK.items()}
 CODE_MAX = {depth: (3**depth - 1) // 2 for depth in DEPTHS}
 
+TRITS_PER_WORD = 10
+RESERVED = 1  # value of the trits that hold nothing
+QUADS = {1: 2, 2: 3, 3: 5, 4: 6}  # quads of words whose words begin with whole codes; other weights fill the gaps
+CODES_PER_WORD = {1: 8, 2: 5, 3: 3, 4: 2}  # these codes in each word
+
 # round(1024 * 2^((13 - k) / 6)); group 0 uses RATIO_ONE whatever its index
 RATIO_ONE = 1024
 # fmt: off
