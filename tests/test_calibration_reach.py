@@ -166,6 +166,7 @@ def check_rows(traced: Traced, folder: Path, rtol: float = 0) -> None:
     layers = [traced.model.stored_copy(index) for index in range(N_LAYERS)]
     tensors = {tensor.name: tensor for tensor in opened(folder).tensors}
     for name, rows in traced.reach.maps.items():
+        assert rows.row.dtype == rows.place.dtype == np.int32
         parts = {place: place[1].of(layers[place[0]]).float().numpy() for place in rows.places}
         values = tensors[name].load().astype(np.float32)
         np.testing.assert_allclose(rows.gather(parts), values.reshape(-1, values.shape[-1]), rtol=rtol)

@@ -1,4 +1,4 @@
-"""A model whose layers are read when their turn comes. No compiled llama.cpp is needed."""
+"""A model whose layers are read when their turn comes. Most tests need no compiled llama.cpp."""
 
 import json
 import subprocess
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import VOCABULARY, exact_model, make_checkpoint
+from checkpoints import VOCABULARY, exact_model, make_bpe_tokenizer, make_checkpoint
+from gguf import LlamaFileType
 from safetensors.torch import load_file, save_file
 
 from tritconv.calibration import model as model_module
@@ -150,6 +151,39 @@ def test_gguf_files_are_read_a_tensor_at_a_time(tiny_model: Path) -> None:
     check_same(model, reference, torch.tensor([[3, 7, 5, 11], [2, 2, 9, 4]]))
 
 
+@pytest.mark.build
+def test_gguf_files_that_the_library_converts_lazily(
+    tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks of Q8_0, in the embeddings too."""
+    from conversion import get_model_class
+
+    config = transformers.Lfm2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.Lfm2ForCausalLM(config).half().save_pretrained(tmp_path / "hf")
+    make_bpe_tokenizer(tmp_path / "hf")
+    upstream = get_model_class("Lfm2ForCausalLM")
+    monkeypatch.setattr(upstream, "get_vocab_base_pre", lambda *_: "gpt-2")
+    upstream(tmp_path / "hf", LlamaFileType.MOSTLY_Q8_0, tmp_path / "tiny.gguf").write()
+    model = LayeredModel(tmp_path, "tiny.gguf")
+    model._precision = torch.float32
+    assert all(parameter.is_meta for parameter in model._model.parameters())
+    quantization = transformers.GgufConfig(dequantize=True)
+    check_same(
+        model, whole(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, quantization_config=quantization), tokens
+    )
+
+
 def test_conversions_that_need_values(tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the library cannot convert without values, each group is converted once to see what becomes of it."""
 
@@ -187,9 +221,13 @@ def test_the_vocabulary_is_never_in_memory(
     hidden = last_hidden(model, tokens)
     assert sum(read) <= tokens.numel()
     read.clear()
-    model.label_gradients(hidden, draw(hidden[..., 0], 0))
+    label_gradients(model, hidden, 0)
     assert max(read) <= 100
     assert sum(read) == 2 * VOCABULARY, "two passes, whatever the number of sequences"
+
+
+def label_gradients(model: LayeredModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
+    return model.label_gradients(hidden, draw(hidden[..., 0], seed))
 
 
 def drawn_at_once(model: LayeredModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
@@ -214,7 +252,10 @@ def test_label_gradients(
     monkeypatch.setattr(model_module, "rows_of_chunk", lambda _: rows)
     for seed in range(3):
         torch.testing.assert_close(
-            model.label_gradients(hidden, draw(hidden[..., 0], seed)), drawn_at_once(model, hidden, seed), rtol=1e-4, atol=1e-5
+            label_gradients(model, hidden, seed),
+            drawn_at_once(model, hidden, seed),
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -223,9 +264,9 @@ def test_labels_follow_the_predictions(tokens: torch.Tensor, tmp_path: Path, mon
     model = exact_model(make(tmp_path / "model", "Llama"))
     monkeypatch.setattr(model_module, "rows_of_chunk", lambda _: 100)
     hidden = last_hidden(model, tokens)
-    one, mean = model.label_gradients(hidden, draw(hidden[..., 0], 0)), torch.zeros_like(hidden)
+    one, mean = label_gradients(model, hidden, 0), torch.zeros_like(hidden)
     for seed in range(32):
-        mean += model.label_gradients(hidden, draw(hidden[..., 0], seed)) / 32
+        mean += label_gradients(model, hidden, seed) / 32
     assert mean.norm() < 0.3 * one.norm()  # a thirty-second, in squares
 
 
@@ -249,7 +290,7 @@ def test_logits_that_need_the_whole_vocabulary(
         found.append(model.head_in_chunks)
     assert found == [True, False]
     monkeypatch.setattr(model_module, "rows_of_chunk", lambda _: 100)
-    torch.testing.assert_close(model.label_gradients(hidden, draw(hidden[..., 0], 0)), drawn_at_once(model, hidden, 0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(label_gradients(model, hidden, 0), drawn_at_once(model, hidden, 0), rtol=1e-4, atol=1e-5)
 
 
 def test_sequences_come_one_at_a_time(tokens: torch.Tensor, tmp_path: Path) -> None:
