@@ -9,17 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from tensors import tensor_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from tritconv.calibration import documents, rare_words
-from tritconv.calibration.context import fitting
+from tritconv.calibration.context import Context, fitting
 from tritconv.calibration.documents import Document, read
+from tritconv.calibration.matrices import Matrix
+from tritconv.calibration.rows import RowMap
 from tritconv.calibration.text import Text, TextOptions, render, sequences
 from tritconv.cli import app
+from tritconv.plan import Plan
+from tritconv.sources.source import Origin, Source
 from tritcore.errors import TritError
 
 LENGTH = 32
@@ -329,3 +336,31 @@ def test_refused_before_the_model_is_looked_for(
     assert run.exit_code == exit_code
     assert reason in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
+
+
+def _context(n_sequences: int, length: int, memory: int) -> Context:
+    """A calibration of one matrix (64, 64) with hidden states of 64."""
+    tensor = tensor_of(np.zeros((64, 64), np.float32))
+    source = Source("tiny", "llama", {}, (tensor,), Origin(Path("tiny")))
+    rows = RowMap([(0, Matrix("up"))], np.zeros(64, np.int32), np.arange(64))
+    tokens = torch.zeros(1, dtype=torch.int64).expand(n_sequences, length)
+    model = SimpleNamespace(width=64)
+    return Context(model, source, {tensor.name: rows}, tokens, tokens[:0], None, memory, ())  # type: ignore[arg-type]
+
+
+def test_room_is_looked_for_and_said_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+    store: Any = SimpleNamespace(entry=SimpleNamespace(check_space=asked.append))
+    plan = Plan(2, *[GGMLQuantizationType.Q8_0] * 3)
+    hidden = 4 * 4 * 100 * 32 * 64  # four streams, float32
+    _context(100, 32, hidden).check_room(plan, store, with_offsets=False)
+    _context(100, 32, 1000).check_room(plan, store, with_offsets=False)
+    _context(100, 32, hidden).check_room(plan, store, with_offsets=True)
+    blocks = 64 * 28
+    assert asked == [blocks, blocks + hidden - 1000, blocks + 2 * 64 * 64]
+    assert "of memory, and 1.8 kB on disk in" in capsys.readouterr().err
+    for n_sequences, length, memory in ((10**6, 10**9, 10**15), (1, 10**9, 0)):
+        with pytest.raises(TritError, match=r"needs .* TB of memory, and the machine has .*: lower --memory"):
+            _context(n_sequences, length, memory).check_room(plan, store, with_offsets=False)
