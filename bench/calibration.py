@@ -29,7 +29,7 @@ from io import BytesIO
 from pathlib import Path
 
 from command import exit_status
-from large_checkpoint import PRESETS, Shape, write_checkpoint
+from large_checkpoint import PRESETS, Shape
 from programs import BUILD, ROOT, commit, machine
 from quality import as_markdown, run
 from tritcore.console import note, out
@@ -88,7 +88,7 @@ class Case:
 def measure(command: Sequence[object], environment: Mapping[str, str], folder: Path, target: Path) -> Run:
     """Run a command in `folder`; its output goes to a log there.
 
-    This process should be smaller than the command: the kernel counts the memory of the copy that starts it.
+    The kernel counts the greatest memory of this process too, since the command starts as its copy: keep it small.
 
     Raises:
         TritError: the command fails; the message has the last line of its output.
@@ -215,8 +215,15 @@ def _cases(model: str, options: argparse.Namespace, work: Path) -> list[Case]:
         if not _SMOLLM2.is_file():
             raise TritError(f"{_SMOLLM2} is missing: python models/fetch.py SmolLM2-135M-Instruct")
         return [Case(model, "gguf-to-gguf", _SMOLLM2, tokens) for tokens in options.tokens]
-    folder = write_checkpoint(work / model, replace(_TINY, tied=True) if options.quick else PRESETS[model])
+    folder = _make_checkpoint(work / model, replace(_TINY, tied=True) if options.quick else PRESETS[model])
     return [Case(model, "hf-to-gguf", folder, tokens) for tokens in options.tokens]
+
+
+def _make_checkpoint(folder: Path, shape: Shape) -> Path:
+    """Make a checkpoint in a process of its own: its memory would count as that of the runs. Raises TritError."""
+    numbers = [f"--{name.replace('_', '-')}={size}" for name, size in asdict(shape).items() if name != "tied"]
+    run([ROOT / "bench" / "large_checkpoint.py", *numbers, "--tied" if shape.tied else "--no-tied", "-o", folder])
+    return folder
 
 
 def _table(cases: Sequence[Case], names: Sequence[str], runs: Mapping[tuple[Case, str], Sequence[Run]]) -> str:
@@ -280,7 +287,7 @@ def large(options: argparse.Namespace, work: Path, here: Revision) -> dict[str, 
     for layers in sorted(set(options.layers)):
         with tempfile.TemporaryDirectory(dir=work) as name:
             shape = replace(_TINY if options.quick else PRESETS[_LARGE], layers=layers)
-            folder = write_checkpoint(Path(name) / f"{_LARGE}-{layers}", shape)
+            folder = _make_checkpoint(Path(name) / f"{_LARGE}-{layers}", shape)
             case = Case(folder.name, "hf-to-gguf", folder, tokens)
             found[layers] = convert(case, here, options, folder.with_name(f"{folder.name}.gguf"))
     out.print(_large_table(found, whole), markup=False, soft_wrap=True)

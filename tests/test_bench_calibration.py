@@ -179,7 +179,7 @@ def test_revisions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         return run(1, 1)
 
     monkeypatch.setattr(calibration, "convert", convert)
-    monkeypatch.setattr(calibration, "write_checkpoint", lambda folder, shape: folder)
+    monkeypatch.setattr(calibration, "_make_checkpoint", lambda folder, shape: folder)
     monkeypatch.setattr(calibration, "extract", lambda name, folder: calibration.Revision(name, ""))
     arguments = ["--text", str(text), "-o", str(tmp_path / "out"), "--models", "qwen2.5-0.5b", "--against", "old"]
     calibration.report(calibration.parse([*arguments, "--runs", "2", "--tokens", "512", "--options=--memory 4GB"]))
