@@ -1,8 +1,8 @@
-"""The cache: a folder of entries, each with what one calculation has made so far.
+"""The cache: a folder of entries. An entry holds the results of one calculation, complete or not.
 
-An entry is a folder named after a hash of all that its contents depend on. Its CACHEDIR.TAG marks it as tritconv's and
-as what backups may leave out, says what it is, has the time of its last use, and carries the lock that shows that a
-process uses it. Nothing that is not such an entry is ever deleted.
+An entry is a folder whose name is a hash of all inputs of the calculation. Its CACHEDIR.TAG marks it as an entry of
+tritconv that backups may skip, describes it, has the time of its last use as modification time, and carries the lock of
+the processes that use it. Only such entries are ever deleted.
 """
 
 import os
@@ -40,7 +40,7 @@ _DAY = 24 * 3600.0
 
 
 def folder() -> Path:
-    """Where entries are: TRITCONV_CACHE, or tritconv in the user's cache folder. Raises TritError."""
+    """The folder of the entries: TRITCONV_CACHE, or tritconv in the user's cache folder. Raises TritError."""
     if chosen := os.environ.get(_PLACE):
         return Path(chosen).expanduser().absolute()
     try:
@@ -50,7 +50,7 @@ def folder() -> Path:
 
 
 def limit() -> int:
-    """The most bytes that the cache keeps. Raises TritError."""
+    """The maximum size of the cache in bytes. Raises TritError."""
     if chosen := os.environ.get(_LIMIT):
         size = sizes.parse(chosen)
         if size is None:
@@ -63,7 +63,7 @@ def limit() -> int:
 
 
 def check() -> None:
-    """See that entries can be made, before long work. Raises TritError."""
+    """Check, before long work, that entries can be made. Raises TritError."""
     limit()
     place = folder()
     try:
@@ -75,18 +75,18 @@ def check() -> None:
 
 
 class Entry:
-    """An entry in use: no other process deletes it until this object is closed or forgotten.
+    """An entry in use. Other processes do not delete it until this object is closed or garbage-collected.
 
     Attributes:
-        folder: its place.
+        folder: the path of the entry.
     """
 
     def __init__(self, key: str, about: str) -> None:
-        """Open an entry, or make it, and delete old ones that take too much room.
+        """Open or make an entry, then delete old entries beyond the limit of the cache.
 
         Args:
             key: 24 hexadecimal digits.
-            about: says to people what is in it; one line.
+            about: description of the contents for people, in one line.
 
         Raises:
             TritError: the folder cannot be made.
@@ -101,18 +101,18 @@ class Entry:
         prune()
 
     def close(self) -> None:
-        """Let other processes delete it."""
+        """Allow other processes to delete the entry."""
         self._release()
 
     def check_space(self, n_bytes: int) -> None:
-        """See that the disk holds so much more than what is here already. Raises TritError."""
+        """Check that the entry can grow to `n_bytes`. Raises TritError if the disk has too little room."""
         here = sum(path.stat().st_size for path in _files(self.folder))
         free = shutil.disk_usage(self.folder).free
         if n_bytes - here > free:
             raise _full(self.folder, n_bytes - here, f", {sizes.show(free)} are free")
 
     def write(self, name: str, data: bytes) -> None:
-        """Keep a file; a reader never sees half of it. Raises TritError."""
+        """Write a file of the entry, whole or not at all. Raises TritError."""
         target = self.folder / name
         assert _FILE.fullmatch(name)
         try:
@@ -126,7 +126,7 @@ class Entry:
 
 
 def _hold(place: Path, about: str) -> int:
-    """A descriptor of an entry's tag that keeps others from deleting it; the entry is made, and left-overs go."""
+    """Make an entry if it is missing, remove partial files in it, and lock it. Returns the descriptor of its tag."""
     while True:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _is(file: int, path: Path) -> bool:
 
 
 def _lock(file: int, exclusive: bool) -> bool | None:
-    """Take a lock, an exclusive one only if it is free: whether it was; None where there are no locks."""
+    """Take a lock, an exclusive one without waiting. Returns whether it was free; None if the system has no locks."""
     if sys.platform == "win32":
         return None
     try:
@@ -177,10 +177,10 @@ def _lock(file: int, exclusive: bool) -> bool | None:
 
 @dataclass(frozen=True)
 class Listed:
-    """An entry, as a list shows it.
+    """Facts on an entry, for lists.
 
     Attributes:
-        about: what is in it.
+        about: description of the contents.
         used: time of the last use, in seconds since 1970.
     """
 
@@ -219,7 +219,7 @@ def prune() -> None:
 
 
 class Cleared(NamedTuple):
-    """What was deleted: entries, and their bytes; and how many are in use."""
+    """Result of `clear`: number and size of the deleted entries, and number of the entries in use, which stay."""
 
     n_deleted: int
     n_bytes: int
@@ -234,7 +234,7 @@ def clear() -> Cleared:
 
 
 def table() -> Table:
-    """The entries, for people."""
+    """A table of the entries, the most recently used first."""
     kept = entries()
     shown = Table("what", "folder", "size", "last used")
     shown.columns[2].justify = "right"
@@ -247,7 +247,7 @@ def table() -> Table:
 
 
 def _about(place: Path) -> str | None:
-    """What an entry's tag says of it; None if it is not one of ours."""
+    """The description in the tag of an entry; None if the folder is no entry of tritconv."""
     if place.is_symlink() or not (place / _TAG).is_file():
         return None
     with (place / _TAG).open("rb") as file:
@@ -257,12 +257,12 @@ def _about(place: Path) -> str | None:
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """What tritconv has written into an entry, but for the tag."""
+    """The files of an entry that tritconv wrote, without the tag."""
     return (path for path in place.iterdir() if _FILE.fullmatch(path.name) or path.name.startswith(files.PARTIAL))
 
 
 def _delete(kept: Listed) -> bool:
-    """Delete an entry; False if a process uses it, or it cannot be deleted."""
+    """Delete an entry. Returns False if a process uses it or it cannot be deleted."""
     try:
         tag = os.open(kept.folder / _TAG, os.O_RDWR)
     except OSError:

@@ -1,4 +1,4 @@
-"""Python in a process of its own, for what may abort a process."""
+"""Python code in a child process, for code that may abort its process."""
 
 import subprocess
 import sys
@@ -8,18 +8,17 @@ from collections.abc import Mapping
 def run(
     code: str, *arguments: str, environment: Mapping[str, str] | None = None, seconds: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run code in isolation.
+    """Run code in an isolated child process.
 
-    It imports from where this process does, wherever its packages are installed; neither the current folder nor the
-    environment adds a place.
+    The child imports from the folders that this process imports from. The current folder and the environment add none.
 
     Args:
         arguments: as `sys.argv[1:]` has them.
-        environment: of the child; None stands for this process's.
-        seconds: that it may take.
+        environment: variables of the child; None passes those of this process.
+        seconds: time limit; None sets no limit.
 
     Raises:
-        subprocess.TimeoutExpired: it takes longer.
+        subprocess.TimeoutExpired: the child takes longer than `seconds`.
     """
     places = [place for place in sys.path if place]  # an empty one would be the current folder
     whole = f"import sys\nsys.path[:] = {places!r}\n{code}"

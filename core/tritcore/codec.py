@@ -1,6 +1,7 @@
-"""TRIT blocks: from codes and scale indexes to words and back, and to weights.
+"""TRIT blocks: codes and scale indexes to words and back, and to weights.
 
-The twin of ggml-trit.c in the patch; the two agree bit for bit. docs/reference/format.md describes the layout.
+ggml-trit.c in the patch has the same functions in C; the results are equal bit for bit. docs/reference/format.md
+describes the layout.
 """
 
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ _SCALE_SLOTS = {d: np.array([[_scale_slot(d, g, s) for g in range(N_GROUPS)] for
 
 
 def _reserved_fields(depth: int) -> np.ndarray:
-    """How to see that reserved trits are 1: q * factor - low, modulo 2^16, has to be less than width.
+    """Constants to check that reserved trits are 1: q * factor - low, modulo 2^16, has to be less than width.
 
     The n reserved trits of a word are its last ones, a field with the value (3^n - 1) / 2.
 
@@ -121,7 +122,7 @@ def _put(trits: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
 
 
 def _get(trits: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Values of slots, the inverse of `_put`."""
+    """Read the values of slots; the inverse of `_put`."""
     values = trits[slots[0]]
     for row in slots[1:]:
         values = 3 * values + trits[row]
@@ -129,7 +130,7 @@ def _get(trits: np.ndarray, slots: np.ndarray) -> np.ndarray:
 
 
 def pack(blocks: Blocks) -> np.ndarray:
-    """Words of blocks.
+    """Pack blocks into words.
 
     Returns:
         uint8 (n, bytes per block): little-endian 16-bit words.
@@ -149,7 +150,7 @@ def pack(blocks: Blocks) -> np.ndarray:
 
 
 def unpack(depth: int, data: np.ndarray) -> Blocks:
-    """Blocks of words, the inverse of `pack`. Words that no `pack` makes give some valid blocks: see `validate`.
+    """Unpack words into blocks; the inverse of `pack`. Invalid words give some valid block: see `validate`.
 
     Args:
         data: uint8 (n, bytes per block).
@@ -167,13 +168,13 @@ def unpack(depth: int, data: np.ndarray) -> Blocks:
 
 
 def validate(depth: int, data: np.ndarray) -> None:
-    """Check that words are what `pack` makes.
+    """Check that `pack` can have made these words.
 
     Args:
         data: uint8 (n, bytes per block).
 
     Raises:
-        TritError: a word is not an encoding, or a reserved trit is not as the format has it.
+        TritError: a word is no encoding, or a reserved trit has another value than the format prescribes.
     """
     wrong = invalid_blocks(depth, data)
     if len(wrong):
@@ -181,7 +182,7 @@ def validate(depth: int, data: np.ndarray) -> None:
 
 
 def invalid_blocks(depth: int, data: np.ndarray) -> np.ndarray:
-    """The blocks that `pack` does not make: a word is not an encoding, or a reserved trit is not as the format has it.
+    """Find invalid blocks: a word is no encoding, or a reserved trit has another value than the format prescribes.
 
     Args:
         data: uint8 (n, bytes per block).

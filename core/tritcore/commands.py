@@ -1,4 +1,4 @@
-"""What the commands of tritconv and tritrun share: errors in one line, exit codes, signals, examples in the help."""
+"""Behaviour that tritconv and tritrun share: errors in one line, exit codes, signals, examples in the help."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ _ParserError: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which t
 
 
 class Commands(TyperGroup):
-    """Turns what stops a command into one line on stderr and an exit code.
+    """A group of commands that turns exceptions into one line on stderr and an exit code.
 
     2 for misuse of the command line, 128 plus the number of a signal, 1 for everything else.
     """
@@ -80,9 +80,9 @@ def _stopped(what: object, exit_code: int) -> typer.Exit:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within the context, what asks the process to end raises `Terminated`, so that files and children are cleaned up.
+    """Raise `Terminated` on SIGTERM and SIGHUP within the context, so that files and children are cleaned up.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays so.
+    Ignored signals, such as SIGHUP under nohup, stay ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
@@ -106,7 +106,7 @@ def _signals_raise() -> Iterator[None]:
 
 
 def new_app(name: str, summary: str, version: Callable[[], str]) -> typer.Typer:
-    """A command line without commands yet, with `--version` and `-h`."""
+    """A command line with `--version` and `-h`, to which commands can be added."""
     app = typer.Typer(
         name=name,
         cls=Commands,
@@ -133,5 +133,5 @@ def new_app(name: str, summary: str, version: Callable[[], str]) -> typer.Typer:
 
 
 def examples(*lines: str) -> str:
-    """The examples at the end of a command's help."""
+    """Text with examples for the end of a command's help."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  [cyan]{line}[/cyan]" for line in lines)])

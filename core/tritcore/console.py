@@ -1,4 +1,4 @@
-"""Where output goes: results to stdout, everything else (notes, progress, errors) to stderr."""
+"""Output of the command lines: results go to stdout; notes, progress, warnings and errors go to stderr."""
 
 import io
 import sys
@@ -36,7 +36,7 @@ def one_line(text: object) -> str:
 
 
 def forgive_encodings() -> None:
-    """Let stdin and stdout replace what their encoding does not have, instead of raising UnicodeError."""
+    """Make stdin and stdout replace characters outside their encoding, instead of raising UnicodeError."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -49,7 +49,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within this context, nothing is written to stderr: for work that is done once more."""
+    """Suppress all output to stderr within the context, for work whose notes have been shown before."""
     before, err.quiet = err.quiet, True
     try:
         yield
@@ -68,12 +68,12 @@ def error(text: object) -> None:
 
 
 def byte_bar() -> Progress:
-    """Progress in bytes, on a terminal only. A task's description is shown as it is."""
+    """A progress bar in bytes, shown on a terminal only. Descriptions of tasks are no markup."""
     return _bar(DownloadColumn(), style="dim")
 
 
 def share_bar() -> Progress:
-    """Progress in percent, on a terminal only. A task's description is shown as it is."""
+    """A progress bar in percent, shown on a terminal only. Descriptions of tasks are no markup."""
     return _bar(TaskProgressColumn())
 
 

@@ -1,18 +1,18 @@
-"""Errors that a user can mend. The command line prints them as one line and exits with 1, or with 2 for misuse."""
+"""Errors that a user can correct. The command lines print one line and exit with 1, or with 2 for misuse."""
 
 import signal
 
 
 class TritError(Exception):
-    """Something is wrong with the input or the machine; the message says what, where and how to mend it."""
+    """The input or the machine has a fault. The message names the fault, the place and a remedy, in one line."""
 
 
 class UsageError(TritError):
-    """The command line asks for what makes no sense, whatever the files hold."""
+    """The options contradict each other or have invalid values, whatever the files contain."""
 
 
 class Terminated(BaseException):
-    """The process was asked to end: `signal` is SIGTERM or SIGHUP. Like KeyboardInterrupt, no error to handle."""
+    """The process got the signal `signal`, SIGTERM or SIGHUP. It is no `Exception`, as KeyboardInterrupt is none."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number)
@@ -38,7 +38,7 @@ class RangeError(TritError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, with the next after a colon, or its kind where it says nothing."""
+    """The first line of an error's message, and the second after a colon; the error's class if the message is empty."""
     lines = str(error).strip().splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1].strip()}"

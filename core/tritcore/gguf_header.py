@@ -1,8 +1,8 @@
-"""Read a GGUF header and check the file, before llama.cpp gets it.
+"""Reads and checks the header of a GGUF file that may be hostile.
 
-The file is hostile until it is checked: every length is compared with the size of the file before it is
-used, and counts have limits that no model comes near, as a sparse file may claim any size. What passes, llama.cpp's
-reader and gguf-py's take as well. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md is the format.
+Every length is compared with the size of the file before it is used. Counts have limits far above those of real models,
+since a sparse file may claim any size. llama.cpp and gguf-py can read every file that passes. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -64,7 +64,7 @@ _INTEGERS = frozenset(value_type for value_type in _SCALARS if "INT" in value_ty
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a value has to be: `types` that a single one may have, `elements` that a list may have."""
+    """The types that a value may have: `types` as a single value, `elements` as elements of a list."""
 
     name: str
     types: frozenset[GGUFValueType] = frozenset()
@@ -80,7 +80,7 @@ _BYTES = _Kind("a list of bytes", elements=frozenset({GGUFValueType.UINT8, GGUFV
 _NUMBERS = _Kind("a list of numbers", elements=_INTEGERS | {GGUFValueType.FLOAT32})
 _PER_LAYER = _Kind("an integer or a list of integers", types=_INTEGERS, elements=_INTEGERS)
 
-# What the programs take from a header without asking for its type again.
+# The programs use these values without another check of their types.
 _EXPECTED = {
     "general.alignment": _UINT32,
     "general.architecture": _TEXT,
@@ -136,7 +136,7 @@ Value = int | float | bool | str | tuple[int | float | bool, ...] | Skipped
 
 @dataclass(frozen=True)
 class Field:
-    """Where a metadata value lies.
+    """Type and position of a metadata value.
 
     element_type: of an array, else None.
     start: bytes from the start of the file to the value; of an array and a string, to the first byte after its length.
@@ -249,9 +249,9 @@ def _not_gguf(path: Path) -> TritError:
 
 
 def parts_of(model: ModelFile) -> tuple[ModelFile, ...]:
-    """All files of a model that is split over several, in their order, whichever of them is given.
+    """All files of a split model, in order, from any one of them. A model in one file gives that file alone.
 
-    They lie beside each other as llama.cpp names them, NAME-00001-of-00003.gguf. A file that is no part is alone.
+    The parts lie in one folder and have llama.cpp's names, such as NAME-00001-of-00003.gguf.
 
     Raises:
         TritError: a part is missing or damaged, or is of another model.
@@ -290,13 +290,13 @@ def parts_of(model: ModelFile) -> tuple[ModelFile, ...]:
 
 
 def name_of_model(path: Path) -> str:
-    """The name of a GGUF file without its ending, and without the number if it is one part of several."""
+    """The name of a GGUF file without .gguf, and without the part number of a split model."""
     part = _PART_NAME.fullmatch(path.name)
     return part["stem"] if part else path.name.removesuffix(".gguf")
 
 
 def raw_values(model: ModelFile) -> Iterator[tuple[str, Field, Any]]:
-    """The metadata as they lie in the file, key by key, with nothing left out or replaced.
+    """All metadata values of a file, key by key, unabridged and with the original bytes of texts.
 
     Yields:
         A key, its field, and the value: an int, float or bool, bytes for a string, a list of these for an array.
@@ -483,7 +483,7 @@ class _HeaderReader:
         return Tensor(name, shape, tensor_type, offset, math.prod(shape) // block * block_bytes)
 
     def _check_data(self, metadata: dict[str, Value], tensors: tuple[Tensor, ...]) -> int:
-        """Check that all data lie in the file, one after the other; returns where they start."""
+        """Check that the data of all tensors lie in the file, in order, without overlap. Returns where they start."""
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment}, not a power of two up to {_MAX_ALIGNMENT}")
@@ -505,7 +505,7 @@ class _HeaderReader:
         return data_start
 
     def _name(self, what: str, longest: int) -> str:
-        """A name of at most `longest` bytes that can be shown, and that gguf-py can decode."""
+        """Read a name of at most `longest` bytes, which must be printable UTF-8."""
         start, length = self._string()
         if not length:
             raise self._damaged(f"an empty {what}")
@@ -521,7 +521,7 @@ class _HeaderReader:
         return name
 
     def _string(self) -> tuple[int, int]:
-        """Step over a string; returns where its bytes begin and how many they are."""
+        """Skip a string. Returns the position of its first byte and its length in bytes."""
         length = self._number(_U64)
         return self._skip(length), length
 
@@ -529,7 +529,7 @@ class _HeaderReader:
         return form.unpack_from(self._data, self._skip(form.size))[0]
 
     def _skip(self, n_bytes: int) -> int:
-        """Step over `n_bytes`; returns where they begin."""
+        """Skip `n_bytes`. Returns the position of the first of them."""
         start = self._at
         if n_bytes > self._end - start:
             raise self._cut_off()

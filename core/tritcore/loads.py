@@ -1,7 +1,7 @@
 """Asks llama.cpp whether it would load a model: names, shapes and number of tensors, vocabulary, metadata.
 
-Only the header is read and no memory is taken for the weights, so the file may be a sparse one without data. That
-happens in a process of its own: what llama.cpp does not expect may abort it.
+llama.cpp reads only the header and allocates no memory for the weights, so a sparse file without data will do. It runs
+in a child process, since input that llama.cpp does not expect may abort the process.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ _CODE = f"from {__name__} import answer; answer(sys.argv[1])"
 
 
 def refusal(path: Path) -> str | None:
-    """Why llama.cpp would not load or run the GGUF file at `path`; None if it would, or if it is not installed."""
+    """The reason why llama.cpp refuses the GGUF file at `path`; None if it loads, or if llama.cpp is not installed."""
     environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
     try:
         done = child.run(_CODE, str(path), environment=environment, seconds=_SECONDS)
@@ -33,7 +33,7 @@ def refusal(path: Path) -> str | None:
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """What a child that died said: the failed assertion, or its last line."""
+    """The last message of a child that died: the failed assertion if there is one, else the last line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     said = next((line for line in lines if "GGML_ASSERT" in line or "GGML_ABORT" in line), lines[-1] if lines else "")
     end = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
@@ -69,6 +69,6 @@ def _first_error(path: str) -> str | None:
 
 
 def answer(path: str) -> None:
-    """What the child does: print what `refusal` gives for a path, as JSON, and end."""
+    """Main function of the child: print the result of `refusal` for a path, as JSON, and exit."""
     print(json.dumps(_first_error(path)), flush=True)
     os._exit(0)  # the model was never there whole: nothing to free

@@ -1,4 +1,4 @@
-"""The file that a conversion writes: checked and locked before work begins, in place only when it is whole."""
+"""The output file of a conversion: checked and locked before work begins, renamed to its name when it is complete."""
 
 import os
 import shutil
@@ -15,12 +15,12 @@ if sys.platform != "win32":
 
 
 class Output:
-    """A file in the making.
+    """An output file that is being written.
 
     Attributes:
-        target: its name in the end.
-        partial: where it grows, in the same folder. No other run writes there.
-        published: whether it has got its name.
+        target: the final path, as the user gave it.
+        partial: the path to write to, in the same folder. No other run writes to it.
+        published: whether the file has its final name.
     """
 
     def __init__(self, target: Path, force: bool) -> None:
@@ -31,7 +31,7 @@ class Output:
         self._force = force
 
     def check_place(self) -> None:
-        """See that the file may go to its place. Raises TritError."""
+        """Check that the file may be written to `target`. Raises TritError."""
         if self._place.is_dir():
             raise TritError(f"{self.target} is a folder: name a file with -o")
         if self._place.exists() and not self._place.is_file():
@@ -42,11 +42,11 @@ class Output:
             raise TritError(f"cannot write {self.target}: the folder {self.target.parent} does not exist")
 
     def owns(self, path: object) -> bool:
-        """Whether a path is that of the file, now or in the end."""
+        """Whether a path is `target`, `partial` or their folder."""
         return str(path) in (str(self.partial), str(self._place), str(self._place.parent), str(self.target))
 
     def check_space(self, n_bytes: int) -> None:
-        """See that the disk holds so much. Raises TritError."""
+        """Check that the disk has room for `n_bytes`. Raises TritError."""
         free = shutil.disk_usage(self._place.parent).free
         if n_bytes > free:
             raise TritError(
@@ -55,7 +55,7 @@ class Output:
             )
 
     def publish(self) -> None:
-        """Give the whole file its place. Raises TritError where a file has come there meanwhile."""
+        """Rename the complete file to `target`. Raises TritError if another file has appeared there meanwhile."""
         self.check_place()
         files.publish(self.partial, self._place)
         self.published = True
@@ -63,12 +63,12 @@ class Output:
 
 @contextmanager
 def reserve(target: Path, force: bool) -> Iterator[Output]:
-    """See that `target` can be written, and keep other runs from writing it meanwhile.
+    """Check that `target` can be written, and lock it against other runs within the context.
 
-    Unless `publish` is called, `target` is as it was afterwards; nothing else is left in any case.
+    Without a call of `publish`, `target` stays as it was. No other file is left behind in either case.
 
     Args:
-        force: replace a file that is there.
+        force: replace an existing file.
 
     Raises:
         TritError: the file is there, another run writes it, or it cannot be written, now or within the context.
@@ -94,7 +94,7 @@ def reserve(target: Path, force: bool) -> Iterator[Output]:
 
 
 def _lock(partial: Path, target: Path) -> int | None:
-    """A descriptor that holds the lock of `partial`, if there are locks. What a killed run has left is written over."""
+    """Open and lock `partial`, which a killed run may have left. Returns its descriptor; None on Windows."""
     while True:
         file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
         if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""Sizes as people write them: 120MB, 1.5GiB."""
+"""Sizes in bytes as text, such as 120MB or 1.5GiB."""
 
 import re
 
@@ -11,13 +11,13 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.ASCII)
 
 
 def parse(text: str) -> int | None:
-    """Bytes; None if `text` is no size."""
+    """The number of bytes that `text` means; None if `text` is no size."""
     found = _SIZE.fullmatch(text.strip().upper())
     return int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else None
 
 
 def show(n_bytes: float) -> str:
-    """A size with three digits or so: 12.3 MB."""
+    """A size as text with about three digits, such as 12.3 MB."""
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if (amount := n_bytes / 1000**power) >= 1:
             return f"{amount:.1f} {unit}" if amount < 100 else f"{amount:.0f} {unit}"

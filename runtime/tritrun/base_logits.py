@@ -19,7 +19,7 @@ _MAGIC, _OLD_MAGIC = b"tritrun2", b"tritrun1"
 _MAX_STAMP = 1 << 16  # bytes
 
 Stamp = Mapping[str, str | int | None]
-"""All that the logits depend on, by name."""
+"""All inputs of the logits, by name."""
 
 
 def scored_tokens(n_ctx: int) -> int:
@@ -43,7 +43,7 @@ def append_stamp(path: Path, stamp: Stamp) -> None:
 
 
 def check_stamp(path: Path, wanted: Stamp) -> None:
-    """See that the logits in `path` were made for what `wanted` says; it may leave something open.
+    """Check that the logits in `path` were made from the inputs in `wanted`, which may be some of all inputs.
 
     Raises:
         TritError: they were not, or the file has no stamp.

@@ -34,7 +34,7 @@ _ENDINGS: dict[Finish | None, str] = {
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What the user chose for the answers. `seed` None draws one; `max_tokens` 0 means no limit."""
+    """Settings of the answers. With `seed` None, a seed is drawn; `max_tokens` 0 means no limit."""
 
     temperature: float
     top_p: float

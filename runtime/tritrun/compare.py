@@ -36,7 +36,7 @@ from tritrun.versions import version
 
 @contextmanager
 def work_folder(chosen: Path | None, outputs: Sequence[Path]) -> Iterator[Path]:
-    """The folder for what is kept: the chosen one, one beside the first output, or one for this run only.
+    """The folder for results of long work: the chosen one, one beside the first output, or a temporary one.
 
     Raises:
         TritError: it cannot be made.
@@ -56,7 +56,7 @@ def work_folder(chosen: Path | None, outputs: Sequence[Path]) -> Iterator[Path]:
 
 
 def compare(plan: Plan, work: Path) -> Comparison:
-    """Make the peers, measure all files, and keep in `work` what took long.
+    """Make the files of the recipes and measure all files. Results of long work are stored in `work`.
 
     Raises:
         TritError: something is missing or does not fit together, or a program fails.

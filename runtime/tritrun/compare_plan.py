@@ -1,4 +1,4 @@
-"""What `tritrun compare` is asked for."""
+"""The request to `tritrun compare`: files, text and settings."""
 
 import shlex
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and how.
+    """The files to compare, and the settings.
 
     Attributes:
         models: files, each as "FILE" or "LABEL=FILE".

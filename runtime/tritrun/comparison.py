@@ -1,4 +1,4 @@
-"""What `tritrun compare` finds out: a row for each file, and how it was measured. As JSON and as a table."""
+"""The result of `tritrun compare`: a row of figures for each file, and the conditions. As JSON and as a table."""
 
 import json
 import math
@@ -31,7 +31,7 @@ _FORMAT = 1  # of the JSON
 
 @dataclass(frozen=True)
 class Contents:
-    """What the header of a file says of its weights.
+    """Facts on the weights of a file, from its header.
 
     Attributes:
         file_type: llama.cpp's name for the mixture of types, such as Q4_K_M.
@@ -160,7 +160,7 @@ class Comparison:
 
 
 def contents(model: ModelFile) -> Contents:
-    """Read off a header what the file's weights are stored in."""
+    """The types of a file's weights, from its header."""
     weights: Counter[str] = Counter()
     n_bytes = 0
     for tensor in model.tensors:

@@ -1,4 +1,4 @@
-"""A folder of results that took long, so that an interrupted or repeated run does not compute them again."""
+"""A folder that the user chooses for results of long work: an interrupted or repeated run takes them from there."""
 
 import json
 from collections.abc import Mapping
@@ -7,21 +7,21 @@ from typing import Any
 
 from tritcore.files import sha256_of_json, write_text_atomically
 
-Key = Mapping[str, Any]  # all that a result depends on; JSON holds it
+Key = Mapping[str, Any]  # all inputs of a result, as JSON can hold them
 
 
 class Kept:
-    """Results and files in `folder`, which exists; each under the key that says what it depends on."""
+    """Results and files in `folder`, which exists. The key of a result lists all its inputs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, kind: str, key: Key, suffix: str = "") -> Path:
-        """Where the file of this kind and key belongs. Other keys have other names."""
+        """The path of the file of this kind and key. Different keys have different names."""
         return self.folder / f"{kind}-{sha256_of_json(dict(key))[:16]}{suffix}"
 
     def load(self, kind: str, key: Key) -> Any:
-        """The result stored under this key, None if there is none or it is damaged."""
+        """The result that was stored under this key; None if it is missing or damaged."""
         try:
             found = json.loads(self.path(kind, key, ".json").read_text(encoding="utf-8"))
             return found["value"] if found["key"] == dict(key) else None
@@ -29,7 +29,7 @@ class Kept:
             return None
 
     def store(self, kind: str, key: Key, value: Any) -> None:
-        """Keep a result, as JSON has it.
+        """Store a result that JSON can hold.
 
         Raises:
             TritError: it cannot be written.

@@ -20,7 +20,7 @@ _NO_TOKENIZER = ("no_vocab", "none", "")
 
 
 def read_text_model(path: Path) -> ModelFile:
-    """Read the header of a model that writes text; of one in parts, any of them may be named.
+    """Read the header of a text model. Of a split model, any part may be given.
 
     Returns:
         The header of the file, or of the first part with the size and the tensors of all.
@@ -58,7 +58,7 @@ def read_text(model: ModelFile, key: str) -> str | None:
 
 
 def _no_text_model(model: ModelFile) -> str | None:
-    """What the file is instead of a model that writes text, as far as the header tells; None if it is one."""
+    """The kind of a file that is no text model, as far as the header shows it; None for a text model."""
     metadata = model.metadata
     architecture = metadata.get("general.architecture")
     kind = metadata.get("general.type", "model")

@@ -1,4 +1,4 @@
-"""What files are called in a report: names from outside, made short and harmless."""
+"""Names of files in a report: shortened, and without characters that could harm a terminal or a page."""
 
 from collections.abc import Sequence
 from pathlib import Path

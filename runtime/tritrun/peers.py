@@ -21,7 +21,7 @@ _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\]")
 
 
 def check_recipes(base: ModelFile, names: Iterable[str], has_imatrix: bool) -> None:
-    """See, before anything takes time, that llama-quantize can make these files.
+    """Check, before long work, that llama-quantize can make these files.
 
     Raises:
         TritError: it does not know a name, a type needs an importance matrix, or the base is quantized already.

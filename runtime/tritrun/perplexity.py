@@ -85,7 +85,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured, and how: the settings that all runs of the tool share."""
+    """The settings that all runs of llama-perplexity share."""
 
     text: Path
     n_ctx: int
@@ -138,7 +138,7 @@ class Run:
         return result
 
     def check(self, model: ModelFile, base: ModelFile | None = None) -> None:
-        """See, as far as headers tell, that `model` can be measured, and compared with `base`.
+        """Check, by the headers, that `model` can be measured and compared with `base`.
 
         Raises:
             TritError: there is no text, the vocabularies differ, or a model does not fit into memory.
@@ -154,7 +154,7 @@ class Run:
             check_memory(file, self.n_ctx, available_memory())
 
     def _stamp(self, base: ModelFile | None) -> dict[str, str | int | None]:
-        """What the logits of `base` on the text depend on; None leaves the model open."""
+        """All inputs of the logits of `base` on the text; without a base, all but the model."""
         stamp: dict[str, str | int | None] = {
             "text_sha256": sha256(self.text),
             "ctx": self.n_ctx,

@@ -29,7 +29,7 @@ class Finished:
 
     @property
     def reason(self) -> str:
-        """Why it failed, as far as it said."""
+        """The reason of the failure, as far as the program named it."""
         if self.exit_code >= 0:
             return self.last_words or f"exit code {self.exit_code}"
         name = signal.Signals(-self.exit_code).name
@@ -137,7 +137,7 @@ def run_tool(
 
 
 def _end_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its program so that it does not outlive this process, even one that is killed."""
+    """A function that a child runs before its program, so that it ends with this process, even with a killed one."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # found here, as little may be done between fork and exec
