@@ -29,13 +29,13 @@ from tritconv.convert import Job, hf_to_gguf
 from tritconv.methods import Finished
 from tritconv.methods.gptq import Gptq
 from tritconv.methods.gptq import layers as layerwise
-from tritconv.methods.gptq import matrix as gptq
+from tritconv.methods.gptq.columns import ColumnLoop
+from tritconv.methods.gptq.matrix import Solver
 from tritconv.methods.tune import Tune, TuneOptions
 from tritconv.plan import Plan
 from tritconv.sources.mapped import open_checkpoint
 from tritconv.sources.source import Kind, Source, SourceTensor
 from tritconv.workers import Workers
-from tritcore import encoder
 from tritcore.codec import pack
 from tritcore.errors import TritError
 from tritcore.gguf_types import TRIT_TYPE
@@ -470,27 +470,18 @@ def test_threads_are_those_asked_for(llama: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     job = Job(PLAN, tmp_path / "x.gguf", threads=3, calibration=CalibrationOptions(TextOptions([], (), 256, 64)))
     with pytest.raises(TritError, match="too few"):
-        hf_to_gguf(str(llama), None, job)
+        hf_to_gguf(str(llama), None, job, pre="gpt-2")
     assert asked == [3, 3], "for the mapping and for the calibration"
 
 
 @pytest.mark.build
-def test_the_search_of_scales_is_the_same_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_quantized_the_same_in_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     weights, x = (torch.randn(rows, 128, generator=generator) for rows in (400, 500))
-    parts: list[int] = []
-    plain = encoder.quantize
-
-    def watched(weights: np.ndarray, depth: int, importance: np.ndarray) -> np.ndarray:
-        parts.append(len(weights))
-        return plain(weights, depth, importance)
-
-    monkeypatch.setattr(encoder, "quantize", watched)
     found = []
     for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(pack(gptq.quantize(weights, 2, Moments(x.T @ x, None, len(x))).blocks))
-    assert set(parts) == {400, 134, 133}
+        solver = Solver(Moments(x.T @ x, None, len(x)), torch.float32, ColumnLoop(threads))
+        found.append(pack(solver.quantize(solver.aims(weights), 2).blocks))
     assert (found[0] == found[1]).all()
 
 
