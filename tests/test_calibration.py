@@ -61,7 +61,7 @@ def test_the_model_goes_on_from_the_text(
 
 def test_layers_give_what_the_model_gives(model: LayeredModel, tokens: torch.Tensor) -> None:
     hidden = model.embed(tokens)
-    for index in range(len(model.layers)):
+    for index in range(model.n_layers):
         hidden = model.run_all(index, model.working_copy(index), hidden)
     with torch.no_grad():
         wanted = model.whole_copy().float()(input_ids=tokens).logits

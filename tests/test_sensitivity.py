@@ -1,5 +1,6 @@
 """The predicted losses of matrices in types."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from checkpoints import make_checkpoint
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tritconv.allocate import CANDIDATES
 from tritconv.calibration.inputs import Inputs, digest_of_tokens
@@ -75,15 +78,14 @@ def stored(weights: torch.Tensor, qtype: Type) -> torch.Tensor:
 def test_predicts_the_divergence(checkpoint: Path, tokens: torch.Tensor) -> None:
     model = LayeredModel(checkpoint)
     predicted = measured(model, tokens)
-    whole = model._model.float()
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
     def predictions() -> torch.Tensor:
         with torch.no_grad():
             return whole(input_ids=tokens).logits.double().log_softmax(dim=-1)
 
     before = predictions()
-    for index in range(model.n_layers):
-        layer = model.working_copy(index)
+    for index, layer in enumerate(whole.model.layers):
         for matrix in (Q, DOWN):
             weights = matrix.of(layer)
             kept = weights.clone()
@@ -131,12 +133,14 @@ def test_experts_without_tokens_count_like_the_others(tmp_path: Path) -> None:
         assert found[name][Type.TRIT2] == pytest.approx(2 * total)
 
 
-def test_a_type_that_cannot_hold_a_matrix_is_no_candidate(model: LayeredModel, tokens: torch.Tensor) -> None:
-    weights = Q.of(model.layers[0])
-    kept = weights.clone()
-    weights.mul_(1e-4)  # below the codebook
-    found = measured(model, tokens)
-    weights.copy_(kept)
+def test_a_type_that_cannot_hold_a_matrix_is_no_candidate(
+    checkpoint: Path, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "small")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] *= 1e-4  # below the codebook
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    found = measured(LayeredModel(folder), tokens)
     assert tuple(found[f"blk.0.{Q}"]) == (Type.Q8_0,)
     assert tuple(found[f"blk.1.{Q}"]) == CANDIDATES
 
