@@ -211,7 +211,7 @@ def test_tensors_that_gguf_py_does_not_write(tmp_path: Path) -> None:
     doubles = np.array([0.5, 1e300, 1, 2, 3, 4])
     data = np.float32(7).tobytes().ljust(32, b"\0") + doubles[:2].tobytes().ljust(32, b"\0") + doubles[2:].tobytes()
     path.write_bytes(bare_gguf([LLAMA], table) + data)
-    scalar, double, matrix = open_gguf(path).tensors
+    matrix, scalar, double = open_gguf(path).tensors
     assert (scalar.shape, scalar.kept_type, scalar.load().tolist()) == ((1,), Type.F32, [7])
     assert (double.shape, double.kept_type, double.load().tolist()) == ((1, 2), Type.F32, [[0.5, np.inf]])
     assert (matrix.kept_type, matrix.load().dtype, matrix.load().tolist()) == (None, np.float32, [[1, 2], [3, 4]])
