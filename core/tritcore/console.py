@@ -2,8 +2,6 @@
 
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -45,16 +43,6 @@ def forgive_encodings() -> None:
 def note(text: str) -> None:
     """Write a dim line to stderr."""
     err.print(f"[dim]{escape(one_line(text))}[/dim]", soft_wrap=True)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress all output to stderr within the context, for work whose notes have been shown before."""
-    before, err.quiet = err.quiet, True
-    try:
-        yield
-    finally:
-        err.quiet = before
 
 
 def warning(text: str) -> None:
