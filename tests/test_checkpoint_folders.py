@@ -53,6 +53,7 @@ def _converted(folder: Path) -> dict[str, Any]:
     """The tensors of the file that comes of a checkpoint, by name. llama.cpp has been asked whether it loads."""
     q8_0 = Type.Q8_0
     written = hf_to_gguf(str(folder), None, Job(Plan(2, q8_0, q8_0, q8_0), folder.with_suffix(".gguf"), threads=1))
+    assert written is not None
     return {tensor.name: tensor for tensor in GGUFReader(written.path).tensors}
 
 

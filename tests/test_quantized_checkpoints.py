@@ -283,6 +283,7 @@ def test_rules_reach_mxfp4_experts(gpt_oss: tuple[Path, Tensors]) -> None:
 def test_mxfp4_experts_become_trit(gpt_oss: tuple[Path, Tensors], tmp_path: Path) -> None:
     plan = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
     written = hf_to_gguf(str(gpt_oss[0]), None, Job(plan, tmp_path / "x.gguf", threads=1), pre="gpt-2")
+    assert written is not None
     types = {tensor.name: tensor.type for tensor in read_model_file(written.path).tensors}
     assert {types[name] for name in gpt_oss[1]} == {Type.TRIT2}
 

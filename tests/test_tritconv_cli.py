@@ -60,4 +60,5 @@ def test_default_name(stem: str, tiny_model: Path, tmp_path: Path, monkeypatch: 
     source.write_bytes(tiny_model.read_bytes())
     monkeypatch.chdir(tmp_path)
     written = gguf_to_gguf(source, Job(Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)))
+    assert written is not None
     assert written.path == Path("tiny-TRIT2.gguf")

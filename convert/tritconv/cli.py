@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 
 from tritconv import __version__
 from tritconv.plan import Plan, TypeRule
-from tritconv.workers import all_cores
+from tritconv.workers import all_cores, is_first_process
 from tritcore import cache, sizes
 from tritcore.commands import examples, new_app
 from tritcore.console import out, warning
@@ -237,7 +237,8 @@ def hf_to_gguf(
         warning(f"--trust-remote-code: Python code that comes with {source} may do all that you may do")
     with foreign_code.trusted(trust_remote_code):
         written = convert.hf_to_gguf(source, revision, job, pre)
-    out.print(report.conversion_report(written))
+    if written is not None:
+        out.print(report.conversion_report(written))
 
 
 @app.command("gguf-to-gguf", epilog=examples("tritconv gguf-to-gguf model-F16.gguf --depth 2"))
@@ -249,7 +250,9 @@ def gguf_to_gguf(
     """Encode a GGUF file again. The fewer bits the input has, the more its own error shows."""
     from tritconv import convert, report
 
-    out.print(report.conversion_report(convert.gguf_to_gguf(source, _job(options))))
+    written = convert.gguf_to_gguf(source, _job(options))
+    if written is not None:
+        out.print(report.conversion_report(written))
 
 
 @app.command(
@@ -322,7 +325,7 @@ def _job(options: ConversionOptions) -> "Job":
         plan,
         options.output,
         options.force,
-        options.threads or all_cores(),
+        options.threads,
         _quantizer(method, options.imatrix),
         tuple(_rule(text) for text in options.tensor_depth or ()),
         calibration,
@@ -415,7 +418,8 @@ def _calibration(options: ConversionOptions, method: Method, budget: "Budget | N
     documents.check(options.calibrate)
     cache.check()
     names = tuple(map(documents.name_of, options.calibrate))
-    text = TextOptions(documents.read(options.calibrate, n_tokens), names, n_tokens, length, options.seed)
+    read = documents.read(options.calibrate, n_tokens) if is_first_process() else []
+    text = TextOptions(read, names, n_tokens, length, options.seed)
     return CalibrationOptions(text, options.calib_own, method is Method.TUNE, memory)
 
 

@@ -1,5 +1,6 @@
 """The conversion, on one page: a source, a plan, a method, a file."""
 
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -24,14 +25,15 @@ from tritconv.workers import Workers, all_cores
 from tritconv.writer import Header, Written, file_bytes, write, write_outline
 from tritcore import loads, sizes
 from tritcore.console import byte_bar, err, note, one_line
-from tritcore.errors import TritError
+from tritcore.errors import TritError, UsageError
 from tritcore.format import FORMAT_VERSION
 from tritcore.gguf_header import name_of_model, read_model_file
 from tritcore.gguf_types import TRIT_TYPE
 from tritcore.output import Output, reserve
 
 if TYPE_CHECKING:
-    from tritconv.calibration.context import CalibrationOptions
+    from tritconv.calibration.context import CalibrationOptions, Context
+    from tritconv.calibration.ranks import Ranks
     from tritconv.methods.tune import TuneOptions
 
 _LARGE = 10**9  # bytes of a file whose size is worth a line before the work
@@ -47,6 +49,7 @@ class Job:
     Attributes:
         plan: types by kind of tensor.
         output_path: None stands for `<model>-TRIT<depth>.gguf` in the current folder.
+        threads: to compute with; None stands for all cores, or for as many as torch chooses.
         quantizer: makes blocks, where nothing is calibrated.
         rules: for single tensors, on top of `plan`.
         calibration: the text and how to use it; gptq then makes the blocks.
@@ -57,60 +60,86 @@ class Job:
     plan: Plan
     output_path: Path | None = None
     force: bool = False
-    threads: int = field(default_factory=all_cores)
+    threads: int | None = None
     quantizer: Quantizer = field(default_factory=Search)
     rules: tuple[TypeRule, ...] = ()
     calibration: "CalibrationOptions | None" = None
     training: "TuneOptions | None" = None
     budget: Budget | None = None
 
-    def output(self, model: str) -> AbstractContextManager[Output]:
-        """The file to write, for a model of that name. Entering raises TritError, as `reserve` has it."""
+    def output(self, model: str, ranks: "Ranks | None" = None) -> AbstractContextManager[Output | None]:
+        """The file to write, for a model of that name; None for a process that only helps the first one.
+
+        Entering raises TritError, as `reserve` has it.
+        """
+        if ranks is not None and not ranks.is_first:
+            return nullcontext()
         label = self.budget.label if self.budget is not None else f"TRIT{self.plan.depth}"
         return reserve(self.output_path or Path(f"{model}-{label}.gguf"), self.force)
 
 
-def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = None) -> Written:
-    """Convert a checkpoint, a local folder or a hub id. `pre` as in `open_checkpoint`. Raises TritError."""
+def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = None) -> Written | None:
+    """Convert a checkpoint, a local folder or a hub id. `pre` as in `open_checkpoint`.
+
+    Returns:
+        The file; None in a process that has only helped the first one.
+
+    Raises:
+        TritError: it cannot be converted.
+    """
     model = source.rstrip("/").rpartition("/")[2]
     if model in ("", ".", ".."):
         model = Path(source).resolve().name
-    with job.output(model) as output:
+    with _joined(job) as ranks, job.output(model, ranks) as output:
         folder = find_checkpoint(source, revision)
         from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
         with _status("mapping the checkpoint"):
-            import torch  # takes seconds to load
+            from tritconv.sources.mapped import open_checkpoint  # takes seconds to load
 
-            from tritconv.sources.mapped import open_checkpoint
-
-            torch.set_num_threads(job.threads)
+            _use_threads(job)
             checkpoint = open_checkpoint(folder, name=model if from_hub else None, pre=pre)
         name, commit = (source, folder.name) if from_hub else (model, None)
-        return _convert(replace(checkpoint, name=name, revision=commit), output, job)
+        return _convert(replace(checkpoint, name=name, revision=commit), output, job, ranks)
 
 
-def gguf_to_gguf(source: Path, job: Job) -> Written:
-    """Convert a GGUF file. Raises TritError."""
+def gguf_to_gguf(source: Path, job: Job) -> Written | None:
+    """Convert a GGUF file. Returns and raises as `hf_to_gguf`."""
     read_model_file(source)  # checks the header before anything trusts it
-    with job.output(_TYPE_SUFFIX.sub("", name_of_model(source))) as output:
-        if output.target.exists() and output.target.samefile(source):
+    with _joined(job) as ranks, job.output(_TYPE_SUFFIX.sub("", name_of_model(source)), ranks) as output:
+        if output is not None and output.target.exists() and output.target.samefile(source):
             raise TritError(f"{output.target} is the source itself: name another file with -o")
-        return _convert(open_gguf(source), output, job)
+        return _convert(open_gguf(source), output, job, ranks)
 
 
-def _convert(source: Source, output: Output, job: Job) -> Written:
+def _joined(job: Job) -> "AbstractContextManager[Ranks | None]":
+    """This process and those that torchrun has started beside it; None where it is alone. Raises UsageError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return nullcontext()
+    if job.calibration is None:
+        raise UsageError("several processes can only share a calibration: add --calibrate FILE, or leave out torchrun")
+    if job.training is not None:
+        raise UsageError("--method tune trains in one process: leave out torchrun, or take --method gptq")
+    from tritconv.calibration.ranks import joined
+
+    return joined()
+
+
+def _convert(source: Source, output: Output | None, job: Job, ranks: "Ranks | None" = None) -> Written | None:
     start = time.monotonic()
     plan = job.plan.with_rules(job.rules, source.tensors)
     budget = None if job.budget is None else _checked(job.budget, source, plan)
+    if output is None:
+        _assist(source, plan, budget, job, ranks)
+        return None
     _check_outline(source, plan, output)
-    with Workers(job.threads) as workers, _Bar() as bar:
+    with Workers(job.threads or all_cores()) as workers, _Bar() as bar:
         description: Sequence[str] = ()
         if job.calibration is None:
             with _status("looking for lattices of trits"):
                 plan = plan.with_lattices(source.tensors)
             method: Method = PerTensor(job.quantizer)
         else:
-            plan, method, description = _calibrated(source, plan, budget, job, bar)
+            plan, method, description = _calibrated(source, plan, budget, job, ranks, bar)
         metadata = {**source.metadata, **_own_metadata(source, plan, method, description)}
         header = Header(source.architecture, metadata, source.tensors, method.methods)
         bar.start(source, plan)
@@ -120,26 +149,53 @@ def _convert(source: Source, output: Output, job: Job) -> Written:
 
 
 def _calibrated(
-    source: Source, plan: Plan, budget: Budget | None, job: Job, bar: "_Bar"
+    source: Source, plan: Plan, budget: Budget | None, job: Job, ranks: "Ranks | None", bar: "_Bar"
 ) -> tuple[Plan, Method, Sequence[str]]:
     """The plan with types for the size wanted, the method, and a description of the calibration."""
-    import torch  # takes seconds to load, as does all that uses it
-
-    from tritconv.calibration import context as calibration
-    from tritconv.methods.gptq import Gptq
+    from tritconv.methods.gptq import Gptq  # takes seconds to load
     from tritconv.methods.tune import Tune
 
-    assert job.calibration is not None
-    torch.set_num_threads(job.threads)
-    context = calibration.prepare(source, plan, job.calibration)
-    if budget is not None:
-        losses = calibration.sensitivities(context)
-        allocation = allocate(source.tensors, losses, plan, budget)
-        err.print(allocation.table())
-        plan = plan.with_types(allocation.types, source.tensors)
+    context, plan = _context(source, plan, budget, job, ranks)
     if job.training is None:
         return plan, Gptq(context, bar.say), context.description
     return plan, Tune(context, job.training, bar.say), context.description
+
+
+def _assist(source: Source, plan: Plan, budget: Budget | None, job: Job, ranks: "Ranks | None") -> None:
+    """Help the first process with its calibration. Raises TritError."""
+    from tritconv.methods.gptq import Gptq
+
+    context, plan = _context(source, plan, budget, job, ranks)
+    Gptq(context, lambda what: None).assist(plan)
+
+
+def _context(
+    source: Source, plan: Plan, budget: Budget | None, job: Job, ranks: "Ranks | None"
+) -> tuple["Context", Plan]:
+    """The start of a calibration, and the plan with types for the size wanted."""
+    import torch
+
+    from tritconv.calibration import context as calibration
+    from tritconv.calibration.ranks import ALONE
+
+    assert job.calibration is not None
+    _use_threads(job)
+    context = calibration.prepare(source, plan, job.calibration, ranks or ALONE)
+    if budget is not None:
+        losses = calibration.sensitivities(context)
+        allocation = allocate(source.tensors, losses, plan, budget)
+        if context.ranks.is_first:
+            err.print(allocation.table())
+        plan = plan.with_types(allocation.types, source.tensors)
+    return context, plan
+
+
+def _use_threads(job: Job) -> None:
+    """Let torch compute with the threads asked for."""
+    import torch
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
 
 
 def _checked(budget: Budget, source: Source, plan: Plan) -> Budget:

@@ -14,6 +14,7 @@ import torch
 from tritconv.calibration import own_text, rare_words, sensitivity
 from tritconv.calibration.inputs import Inputs, digest_of_files, digest_of_tokens
 from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.ranks import ALONE, Ranks
 from tritconv.calibration.reach import find_reach
 from tritconv.calibration.rows import Place, RowMap
 from tritconv.calibration.store import LayerStore
@@ -37,7 +38,8 @@ class CalibrationOptions:
     Attributes:
         own_tokens: so many more, which the model writes itself.
         holds_out: whether some sequences are left out, to judge by.
-        memory: bytes for hidden states; those that take more are in a file. None: half of the memory that is free.
+        memory: bytes for hidden states; those that take more are in a file. None: half of the memory that is free
+            beside a layer and its statistics.
     """
 
     text: TextOptions
@@ -57,6 +59,7 @@ class Context:
         inputs: what every result depends on.
         memory: bytes for hidden states.
         description: of the calibration, for the file's metadata.
+        ranks: the processes that share the work.
     """
 
     model: LayeredModel
@@ -67,6 +70,7 @@ class Context:
     inputs: Inputs
     memory: int
     description: Sequence[str]
+    ranks: Ranks = ALONE
 
     def depths(self, plan: Plan) -> dict[Place, int]:
         """The depth of each matrix that becomes TRIT."""
@@ -101,8 +105,8 @@ class Context:
         store.entry.check_space(kept + scratch)
 
 
-def prepare(source: Source, plan: Plan, options: CalibrationOptions) -> Context:
-    """Load the model, find out what a calibration reaches of it, and read the text.
+def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Ranks = ALONE) -> Context:
+    """Load the model, find out what a calibration reaches of it, and read the text, which the first process has.
 
     Raises:
         TritError: transformers cannot load the model, too little of it is reached, or the text will not do.
@@ -115,10 +119,9 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions) -> Context:
     if reach.missed:
         names = ", ".join(tensor.name for tensor in reach.missed)
         note(f"calibration does not reach {names}: by plain search")
+    text = fitting(options.text, model)
     with _status("reading the text"):
-        text = fitting(options.text, model)
-        texts, n_made_up = rare_words.fill(render(text.documents, model.tokenizer), model.tokenizer, text.seed)
-        tokens = sequences(texts, text, model.tokenizer)
+        tokens, n_made_up = ranks.from_first(_read(text, model) if ranks.is_first else (torch.empty(0), 0))
     if text.length < options.text.length:
         note(f"the model takes {text.length} tokens at a time: so long are the sequences, not {options.text.length}")
     if n_made_up:
@@ -132,17 +135,8 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions) -> Context:
     n_own = 0
     if options.own_tokens:
         n_own = -(-options.own_tokens // tokens.shape[1])
-        with share_bar() as bar:
-            task = bar.add_task("the model writes text", total=None)
-            own = own_text.write(
-                model,
-                tokens,
-                n_own,
-                seed,
-                LayerStore(inputs, origin.name),
-                lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        tokens = torch.cat([tokens, own])
+        own = _own_text(model, tokens, n_own, LayerStore(inputs, origin.name)) if ranks.is_first else tokens
+        tokens = torch.cat([tokens, ranks.from_first(own)])
         inputs = replace(inputs, tokens=digest_of_tokens(tokens))
     note(f"calibrating on {len(tokens)} sequences of {tokens.shape[1]} tokens, in {model.precision} on {model.device}")
     description = [
@@ -153,8 +147,26 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions) -> Context:
         f"seed {seed}",
         model.precision,
     ]
-    memory = free_memory() // 2 if options.memory is None else options.memory
-    return Context(model, source, reach.maps, tokens, held_out, inputs, memory, description)
+    free = free_memory() - _least_memory(source, tokens.shape[1])
+    memory = max(0, free // 2) if options.memory is None else options.memory
+    return Context(model, source, reach.maps, tokens, held_out, inputs, memory, description, ranks)
+
+
+def _read(text: TextOptions, model: LayeredModel) -> tuple[torch.Tensor, int]:
+    """Token sequences int64 (sequences, length), and the number of rare words that were made up."""
+    texts, n_made_up = rare_words.fill(render(text.documents, model.tokenizer), model.tokenizer, text.seed)
+    return sequences(texts, text, model.tokenizer), n_made_up
+
+
+def _own_text(model: LayeredModel, tokens: torch.Tensor, count: int, store: LayerStore) -> torch.Tensor:
+    """So many sequences that the model writes, going on from `tokens`."""
+    with share_bar() as bar:
+        task = bar.add_task("the model writes text", total=None)
+
+        def on_tokens(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return own_text.write(model, tokens, count, store.inputs.seed, store, on_tokens)
 
 
 def sensitivities(context: Context) -> sensitivity.Losses:
@@ -162,8 +174,12 @@ def sensitivities(context: Context) -> sensitivity.Losses:
     store = context.store("sensitivity", matrices=sensitivity.origins(context.maps))
     with _status("sensitivity") as status:
         progress: Callable[[str], None] = getattr(status, "update", lambda _: None)
-        return sensitivity.measure(
-            context.model, context.maps, context.tokens, context.inputs.seed, store, context.memory, progress
+        if not context.ranks.is_first:
+            return context.ranks.from_first({})
+        return context.ranks.from_first(
+            sensitivity.measure(
+                context.model, context.maps, context.tokens, context.inputs.seed, store, context.memory, progress
+            )
         )
 
 

@@ -122,16 +122,6 @@ def joined() -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
-def processes_here() -> int:
-    """The number of processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this is the only process, or the first of several."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _device() -> torch.device:
     """Where tensors have to be that the processes send each other."""
     is_nccl = distributed.is_initialized() and distributed.get_backend() == "nccl"

@@ -14,6 +14,7 @@ class LayerStore:
     """The finished layers of one calibration.
 
     Attributes:
+        inputs: all that the result depends on.
         entry: the place in the cache. No other process deletes it as long as the store is in use.
     """
 
@@ -27,6 +28,7 @@ class LayerStore:
         Raises:
             TritError: there is no such place.
         """
+        self.inputs = inputs
         self.entry = cache.Entry(inputs.key(), f"{inputs.kind}, {model}")
 
     def load(self, layer: int) -> dict[str, np.ndarray] | None:

@@ -66,6 +66,12 @@ class Gptq:
             else:
                 yield Finished(tensor, tensor.load(), blocks, method=method)
 
+    def assist(self, plan: Plan) -> None:
+        """Take part in the work of the first process, which makes the tensors."""
+        quantizer = layer_quantizer(self._context, plan, self._context.depths(plan), keep_offsets=False)
+        for _ in quantizer.run(self._context.tokens, lambda index, what: None):
+            pass
+
     def remarks(self) -> list[str]:
         """As `Method.remarks` has it."""
         return self._remarks
@@ -76,7 +82,9 @@ def layer_quantizer(context: Context, plan: Plan, depths: Depths, *, keep_offset
     matrices = tuple((f"{index} {matrix}", depth) for (index, matrix), depth in depths.items())
     store = context.store("layers", matrices=matrices)
     context.check_room(plan, store, with_offsets=keep_offsets)
-    return LayerQuantizer(context.model, depths, store, context.inputs.seed, context.memory, keep_offsets)
+    return LayerQuantizer(
+        context.model, depths, store, context.inputs.seed, context.memory, keep_offsets, context.ranks
+    )
 
 
 def gathered(
