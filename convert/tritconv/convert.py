@@ -173,8 +173,6 @@ def _context(
     source: Source, plan: Plan, budget: Budget | None, job: Job, ranks: "Ranks | None"
 ) -> tuple["Context", Plan]:
     """The start of a calibration, and the plan with types for the size wanted."""
-    import torch
-
     from tritconv.calibration import context as calibration
     from tritconv.calibration.ranks import ALONE
 
