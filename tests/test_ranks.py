@@ -1,0 +1,117 @@
+"""Several processes share a calibration, as torchrun starts them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy as np
+import pytest
+from checkpoints import make_checkpoint, tritconv
+from gguf import GGUFReader, quants
+
+from tritcore import gguf_types  # noqa: F401 - gguf then knows the TRIT types
+
+pytestmark = [pytest.mark.build, pytest.mark.slow]
+
+_LONGEST = 240.0  # seconds that a test waits for processes
+_DEADLINE = 60.0  # seconds in which the death of one process ends the others
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics.topics.values())[:60_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", "Qwen2", num_hidden_layers=4)
+
+
+def options(source: Path, target: Path, text: Path) -> list[str]:
+    calibration = ["--calibrate", text, "--calib-tokens", 2048, "--calib-seq", 64]
+    return [str(one) for one in ("hf-to-gguf", source, "--depth", 2, *calibration, "-o", target, "--threads", 1)]
+
+
+def two_processes(arguments: list[str], cache: Path) -> "subprocess.Popen[str]":
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, "-m", "tritconv", *arguments],
+        env=os.environ | {"TRITCONV_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: quants.dequantize(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+
+
+def test_two_processes_make_the_file_of_one(tmp_path: Path, source: Path, text: Path) -> None:
+    """Up to the rounding of sums; and the same bytes each time."""
+    run = tritconv(
+        *options(source, tmp_path / "one.gguf", text), env=os.environ | {"TRITCONV_CACHE": str(tmp_path / "1")}
+    )
+    assert run.returncode == 0, run.stderr
+    for number in (1, 2):
+        process = two_processes(options(source, tmp_path / f"two-{number}.gguf", text), tmp_path / f"2-{number}")
+        printed, _ = process.communicate(timeout=_LONGEST)
+        assert process.returncode == 0, printed
+        assert printed.count("bits per weight") <= 1, "only the first process reports"
+    assert (tmp_path / "two-1.gguf").read_bytes() == (tmp_path / "two-2.gguf").read_bytes()
+    one, two = weights(tmp_path / "one.gguf"), weights(tmp_path / "two-1.gguf")
+    for name, values in one.items():
+        # a code on the edge between two goes either way, and others follow it
+        assert float((values != two[name]).mean()) < 0.1, name
+
+
+def children(parent: int) -> list[int]:
+    """The processes that the launcher has started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
+    tmp_path: Path, source: Path, text: Path, rank: int
+) -> None:
+    target, cache = tmp_path / "out.gguf", tmp_path / "cache"
+    process = two_processes(options(source, target, text), cache)
+    end = time.monotonic() + _LONGEST
+    while not list(cache.glob("*/layer-0001*")):  # two layers are finished
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[rank], signal.SIGKILL)
+    started = time.monotonic()
+    printed, _ = process.communicate(timeout=_LONGEST)
+    assert time.monotonic() - started < _DEADLINE, printed
+    assert process.returncode != 0
+    assert not target.exists()
+
+    again = two_processes(options(source, target, text), cache)
+    printed, _ = again.communicate(timeout=_LONGEST)
+    assert again.returncode == 0, printed
+    whole = two_processes(options(source, tmp_path / "whole.gguf", text), tmp_path / "fresh")
+    printed, _ = whole.communicate(timeout=_LONGEST)
+    assert whole.returncode == 0, printed
+    assert target.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_what_several_processes_cannot_share(tmp_path: Path, source: Path, text: Path) -> None:
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "TRITCONV_CACHE": str(tmp_path)}
+    plain = tritconv("hf-to-gguf", source, "--depth", 2, "-o", tmp_path / "x.gguf", env=environment)
+    assert plain.returncode == 2
+    assert "several processes can only share a calibration: add --calibrate FILE" in plain.stderr
+    trained = tritconv(*options(source, tmp_path / "x.gguf", text), "--method", "tune", env=environment)
+    assert trained.returncode == 2
+    assert "--method tune trains in one process" in trained.stderr
