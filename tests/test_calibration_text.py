@@ -355,12 +355,12 @@ def test_room_is_looked_for_and_said_before_the_work(
     store: Any = SimpleNamespace(entry=SimpleNamespace(check_space=asked.append))
     plan = Plan(2, *[GGMLQuantizationType.Q8_0] * 3)
     hidden = 4 * 4 * 100 * 32 * 64  # four streams, float32
-    _context(100, 32, hidden).check_room(plan, store, with_offsets=False)
-    _context(100, 32, 1000).check_room(plan, store, with_offsets=False)
-    _context(100, 32, hidden).check_room(plan, store, with_offsets=True)
+    _context(100, 32, hidden).check_room(plan, store, trains=False)
+    _context(100, 32, 1000).check_room(plan, store, trains=False)
+    _context(100, 32, hidden).check_room(plan, store, trains=True)
     blocks = 64 * 28
     assert asked == [blocks, blocks + hidden - 1000, blocks + 2 * 64 * 64]
     assert "of memory, and 1.8 kB on disk in" in capsys.readouterr().err
     for n_sequences, length, memory in ((10**6, 10**9, 10**15), (1, 10**9, 0)):
         with pytest.raises(TritError, match=r"needs .* TB of memory, and the machine has .*: lower --memory"):
-            _context(n_sequences, length, memory).check_room(plan, store, with_offsets=False)
+            _context(n_sequences, length, memory).check_room(plan, store, trains=False)

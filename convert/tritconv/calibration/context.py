@@ -21,14 +21,16 @@ from tritconv.calibration.store import LayerStore
 from tritconv.calibration.text import TextOptions, hold_out, render, sequences
 from tritconv.encode import n_bytes
 from tritconv.plan import Plan
-from tritconv.sources.source import Kind, Source, SourceTensor
+from tritconv.sources.source import Kind, Source
 from tritcore import cache
 from tritcore.console import err, note, share_bar
 from tritcore.errors import TritError
 from tritcore.sizes import show
 
+_TRAINED = 20  # bytes for each weight in training: itself, its code, the gradient, and two moments of that
 _STREAMS = 4  # hidden states of all tokens that are kept at a time
-_STATISTICS = 3  # float32 matrices of n x n, n the longest row of a matrix, that are in memory at a time
+_SQUARES = 2  # float32 (n, n), n the longest row of a matrix, that are in memory at a time: the Hessian and its factor
+_COPIES = 6  # float32 copies of the matrices with the same input: weights, aims, and what they are made of
 
 
 @dataclass(frozen=True)
@@ -86,20 +88,29 @@ class Context:
         """The place in the cache of a result of a kind. `also` is what else it depends on: see `Inputs`."""
         return LayerStore(replace(self.inputs, kind=kind, **also), self.source.origin.name)
 
-    def check_room(self, plan: Plan, store: LayerStore, *, with_offsets: bool) -> None:
-        """See, before long work, that memory and disk hold a calibration. Says what is needed. Raises TritError."""
+    def check_room(self, plan: Plan, store: LayerStore, *, trains: bool) -> None:
+        """See, before long work, that memory and disk hold a calibration. Says what is needed.
+
+        Args:
+            trains: whether all layers are trained together afterwards.
+
+        Raises:
+            TritError: there is not enough of it.
+        """
         mine = [t for t in self.source.tensors if t.name in self.maps and plan.choice(t).depth is not None]
         n_weights = sum(math.prod(tensor.shape) for tensor in mine)
-        kept = sum(n_bytes(t.shape, plan.type_of(t)) for t in mine) + (2 * n_weights if with_offsets else 0)
+        kept = sum(n_bytes(t.shape, plan.type_of(t)) for t in mine) + (2 * n_weights if trains else 0)
         hidden = 4 * _STREAMS * (self.tokens.numel() * self.model.width)
         needed = _least_memory(self.source, self.tokens.shape[1]) + min(hidden, self.memory)
         scratch = max(0, hidden - self.memory)
+        if trains:
+            needed = max(needed, _TRAINED * n_weights + 2 * hidden // _STREAMS)
         if needed > (there := total_memory()):
             n, length = self.tokens.numel(), self.tokens.shape[1]
+            advice = "take --method gptq" if trains else "lower --memory, --calib-tokens or --calib-seq"
             raise TritError(
                 f"calibrating {self.source.name} on {n} tokens in sequences of {length} "
-                f"needs {show(needed)} of memory, and the machine has {show(there)}: lower --memory, --calib-tokens or "
-                "--calib-seq"
+                f"needs {show(needed)} of memory, and the machine has {show(there)}: {advice}"
             )
         note(f"needs {show(needed)} of memory, and {show(kept + scratch)} on disk in {cache.folder()}")
         store.entry.check_space(kept + scratch)
@@ -114,7 +125,9 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
     origin = source.origin
     with _status("loading the model"):
         model = LayeredModel(origin.folder, origin.gguf_file)
-        _take_head(model, source.tensors)
+        for tensor in source.tensors:
+            if tensor.kind is Kind.OUTPUT and model.has_tied_head:
+                model.head_is(torch.from_numpy(np.require(tensor.load(), requirements="W")))
         reach = find_reach(model, source.architecture, source.tensors, plan)
     if reach.missed:
         names = ", ".join(tensor.name for tensor in reach.missed)
@@ -190,23 +203,18 @@ def fitting(text: TextOptions, model: LayeredModel) -> TextOptions:
     return replace(text, length=model.longest)
 
 
-def _take_head(model: LayeredModel, tensors: Sequence[SourceTensor]) -> None:
-    """Let the model predict with the output matrix that the file will have."""
-    for tensor in tensors:
-        if tensor.kind is Kind.OUTPUT:
-            model.head_is(torch.from_numpy(np.require(tensor.load(), requirements="W")))
-
-
 def _least_memory(source: Source, length: int) -> int:
     """Bytes that a calibration needs besides hidden states: a layer twice, and statistics of its largest matrix."""
     layers: dict[str, int] = {}
-    longest = 0
+    longest = largest = 0
     for tensor in source.tensors:
         if tensor.kind is Kind.MATRIX:
             layer = tensor.name.rpartition("blk.")[2].partition(".")[0]
             layers[layer] = layers.get(layer, 0) + math.prod(tensor.shape)
             longest = max(longest, tensor.shape[-1])
-    return 4 * (2 * max(layers.values(), default=0) + _STATISTICS * longest**2 + length**2)
+            largest = max(largest, math.prod(tensor.shape[-2:]))
+    weights = 2 * max(layers.values(), default=0) + _COPIES * largest
+    return 4 * (weights + _SQUARES * longest**2 + length**2)
 
 
 def total_memory() -> int:

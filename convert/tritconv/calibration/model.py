@@ -162,14 +162,19 @@ class LayeredModel:
             self._model.get_submodule(module)._parameters[own] = stand_in
         return Lender(self._parameters, names, self._model.get_output_embeddings().weight)
 
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the output matrix is that of the embeddings."""
+        return self._model.get_output_embeddings().weight is self._model.get_input_embeddings().weight
+
     def head_is(self, values: torch.Tensor) -> None:
         """Take (vocabulary, width) for the output matrix, where transformers has the embeddings in its place.
 
         Some checkpoints have an output matrix that their configuration ties to the embeddings: llama.cpp computes
         with what is there.
         """
-        head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
-        if head.weight is not embeddings.weight or values.shape != head.weight.shape:
+        head = self._model.get_output_embeddings()
+        if not self.has_tied_head or values.shape != head.weight.shape:
             return
         name = self._lender.name_of(head.weight)
         assert name is not None

@@ -72,7 +72,7 @@ class FullPass:
         matrices: Sequence[Matrix],
         on_gradient: Callable[[Matrix, torch.Tensor], None],
     ) -> None:
-        """Move the full-precision stream of all batches behind the layer.
+        """Move the full-precision stream of all batches behind the layer, and let go of the layer.
 
         Args:
             stages: the input of the first matrix of each is kept, unless they are experts.
@@ -102,6 +102,7 @@ class FullPass:
             for matrix in self.inputs:
                 self.inputs[matrix].append(self._streams.scratch.keep(seen[matrix].to(self._model.product_type)))
             self._streams.replace(self._streams.full, batch, out)
+        del self._layer
 
     def release(self, matrix: Matrix) -> None:
         """Forget the inputs of a stage, which its first matrix names."""

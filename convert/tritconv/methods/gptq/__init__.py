@@ -81,7 +81,7 @@ def layer_quantizer(context: Context, plan: Plan, depths: Depths, *, keep_offset
     """What quantizes the layers of a context's model. There is room for its results, or it raises TritError."""
     matrices = tuple((f"{index} {matrix}", depth) for (index, matrix), depth in depths.items())
     store = context.store("layers", matrices=matrices)
-    context.check_room(plan, store, with_offsets=keep_offsets)
+    context.check_room(plan, store, trains=keep_offsets)
     return LayerQuantizer(
         context.model, depths, store, context.inputs.seed, context.memory, keep_offsets, context.ranks
     )

@@ -283,6 +283,7 @@ class _Layer:
             data = pack(rounded.blocks).reshape(sum(len(self._weights[matrix]) for matrix in group), -1)
             for matrix, some in zip(group, np.split(data, firsts), strict=True):
                 self._set_weights(matrix, some)
+                del self._weights[matrix]
                 self._done[str(matrix)] = some
             if rounded.offset is not None:
                 for matrix, offset in zip(group, rounded.offset.tensor_split(firsts.tolist()), strict=True):

@@ -39,6 +39,7 @@ _MOST_DAMPING = 1.0
 _FLOOR = 0.01  # of the damping, for columns without inputs: times the mean of the diagonal
 _MOST_OFFSET = 0.499  # a code further away than half would be another code
 _INVERTIBLE = 1e3  # the damping at which to give up
+_TURNED = 1 << 24  # weights that are turned at a time
 _EXACT = 4096  # columns up to which factors are computed in float64
 # Gradients are noisier than inputs, and few tokens are looked at: the correlations of outputs are halved.
 _OUTPUT_DAMPING = 1.0
@@ -182,7 +183,7 @@ class _Columns:
         self.feedback = factor.to(product_type)
         self.hessian = hessian.to(product_type)
         self.given_former = [Block(own @ own.T, own) for own in own_factors]
-        self.given_others = [Block(own, _upper_factor(own)) for own in own_hessians]
+        self.given_others = [Block(own, _upper_factor(own.clone())) for own in own_hessians]
         self.parts = parts
 
 
@@ -338,7 +339,7 @@ def _damp(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Te
     unit = diagonal + _FLOOR * diagonal.mean().clamp(min=1e-20)
     while damping < _INVERTIBLE:
         hessian.diagonal().copy_(diagonal + damping * unit)
-        factor = _upper_factor(hessian.double() if len(hessian) <= _EXACT else hessian)
+        factor = _upper_factor(hessian.double() if len(hessian) <= _EXACT else hessian.clone())
         if factor.isfinite().all() and (factor.diagonal() > 0).all():
             return factor, damping * unit
         damping *= 10
@@ -346,6 +347,26 @@ def _damp(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Te
 
 
 def _upper_factor(matrix: torch.Tensor) -> torch.Tensor:
-    """R upper triangular with matrix = R RT, NaN where there is none: the Cholesky factor from the last row up."""
-    factor, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    return factor.new_full(factor.shape, torch.nan) if failed else factor.flip(0, 1)
+    """R upper triangular with matrix = R RT, NaN where there is none: the Cholesky factor from the last row up.
+
+    Args:
+        matrix: (n, n), symmetric. It is used up: the factor takes its memory.
+    """
+    _turn(matrix)
+    factor, failed = matrix.T, torch.empty((), dtype=torch.int32, device=matrix.device)  # in LAPACK's order
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    _turn(matrix)
+    return factor.fill_(torch.nan) if failed else factor
+
+
+def _turn(matrix: torch.Tensor) -> None:
+    """Reverse the order of rows and columns of (n, n), in place."""
+    n = len(matrix)
+    step = max(1, _TURNED // n)
+    for first in range(0, n // 2, step):
+        last = min(first + step, n // 2)
+        upper = matrix[first:last].flip(0, 1)
+        matrix[first:last] = matrix[n - last : n - first].flip(0, 1)
+        matrix[n - last : n - first] = upper
+    if n % 2:
+        matrix[n // 2] = matrix[n // 2].flip(0)
