@@ -7,12 +7,15 @@ import torch
 from checkpoints import exact_model
 
 from tritconv.calibration import outputs
+from tritconv.calibration.checkpoints import Checkpoints
 from tritconv.calibration.gradients import LayerGradients, draw, gradients, stride
+from tritconv.calibration.inputs import Inputs
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.outputs import OutputMoments, UpstreamGradients, some_sequences
 from tritconv.calibration.ranks import ALONE
 from tritconv.calibration.scratch import Scratch
+from tritconv.calibration.store import LayerStore
 
 Q, DOWN = Matrix("self_attn.q_proj.weight"), Matrix("mlp.down_proj.weight")
 
@@ -73,10 +76,14 @@ def test_labels_are_drawn_from_the_predictions(model: LayeredModel, tokens: torc
     assert norms[1] < 0.3 * norms[0]  # a thirty-second, in squares
 
 
-def test_upstream_gradients_by_batch(model: LayeredModel, tokens: torch.Tensor, scratch: Scratch) -> None:
+def test_upstream_gradients_by_batch(
+    model: LayeredModel, tokens: torch.Tensor, scratch: Scratch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Labels belong to sequences: a process that has some of them draws the same ones."""
     whole = found_by_layer(model, tokens, 7, scratch)
-    found = UpstreamGradients(model, tokens, [[4, 1], [3]], 7, scratch, lambda what: None)
+    monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path / "cache"))
+    checkpoints = Checkpoints(LayerStore(Inputs("layers", "digest", "", 7, model.machinery), "tiny"), ALONE, 2)
+    found = UpstreamGradients(model, tokens, [[4, 1], [3]], 7, scratch, checkpoints, 0, lambda what: None)
     for index in (1, 0):
         batches = found.take(index)
         for batch, numbers in enumerate(([4, 1], [3])):

@@ -70,7 +70,7 @@ def set_up(model: LayeredModel, tokens: torch.Tensor, order: list[list[Matrix]],
     hidden = model.embed(tokens)
     other = hidden + 0.1 * hidden.std() * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     streams = Streams(Scratch(budget, folder), [[0, 1, 2], [3, 4], [5]])
-    streams.start(hidden[batch] for batch in streams.batches)
+    streams.start((hidden[batch], hidden[batch]) for batch in streams.batches)
     for number, batch in enumerate(streams.batches):
         streams.replace(streams.quantized, number, other[batch])
     full_pass = FullPass(model, 0, full, streams)
@@ -169,7 +169,7 @@ def test_gradients_come_with_the_full_pass(model: LayeredModel, tokens: torch.Te
     at = set_up(model, tokens, DENSE, 1 << 30, tmp_path)
     upstream = torch.randn(at.full_in.shape, generator=torch.Generator().manual_seed(2))
     streams = Streams(Scratch(1 << 30, tmp_path), [[0, 1, 2], [3, 4], [5]])
-    streams.start(at.full_in[batch] for batch in streams.batches)
+    streams.start((at.full_in[batch], at.full_in[batch]) for batch in streams.batches)
     found: dict[Matrix, list[torch.Tensor]] = {}
     FullPass(model, 0, at.full, streams).run(
         DENSE,

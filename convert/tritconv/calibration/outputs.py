@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from tritconv.calibration.checkpoints import Checkpoints
 from tritconv.calibration.gradients import Progress, draw, gradients, stride
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
@@ -31,23 +32,31 @@ class UpstreamGradients:
         batches: Sequence[Sequence[int]],
         seed: int,
         scratch: Scratch,
+        checkpoints: Checkpoints,
+        first: int,
         progress: Progress,
     ) -> None:
-        """Pass through all layers and back.
+        """Pass through all layers and back, unless that was kept.
 
         Args:
             tokens: int64 (sequences, length).
             batches: the numbers of the sequences of each batch that is looked at.
             seed: of the labels whose loss it is.
             scratch: keeps the gradients, in bfloat16: they are noise beyond its digits.
+            first: the first layer whose gradients will be asked for.
         """
         self._sizes = [len(batch) for batch in batches]
         self._kept: dict[int, Kept] = {}
+        known = checkpoints.load_gradients(first)
+        if known is not None:
+            self._kept = {index: scratch.keep(values) for index, values in known.items()}
+            return
         chosen = [number for batch in batches for number in batch]
         if chosen:
             draws = draw(tokens, seed)[chosen]
             for found in gradients(model, tokens[chosen], draws, lambda *_: (), progress, scratch):
                 self._kept[found.index] = scratch.keep(found.upstream.bfloat16())
+        checkpoints.keep_gradients({index: kept.get() for index, kept in self._kept.items()})
 
     def take(self, index: int) -> dict[int, torch.Tensor]:
         """The gradients for the output of a layer, by batch: float32 (sequences, length, width). They are let go."""

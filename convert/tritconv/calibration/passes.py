@@ -39,11 +39,11 @@ class Streams:
         self.full: list[Kept] = []
         self.quantized: list[Kept] = []
 
-    def start(self, embedded: Iterable[torch.Tensor]) -> None:
-        """Take the input of the first layer, of each batch: the same for both models."""
-        for hidden in embedded:
-            self.full.append(self.scratch.keep(hidden))
-            self.quantized.append(self.scratch.keep(hidden))
+    def start(self, inputs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Take the input of a layer, of each batch: in full precision and quantized."""
+        for full, quantized in inputs:
+            self.full.append(self.scratch.keep(full))
+            self.quantized.append(self.scratch.keep(quantized))
 
     def replace(self, stream: list[Kept], batch: int, hidden: torch.Tensor) -> None:
         """Put other hidden states in the place of a batch."""

@@ -31,17 +31,22 @@ class LayerStore:
         self.inputs = inputs
         self.entry = cache.Entry(inputs.key(), f"{inputs.kind}, {model}")
 
-    def load(self, layer: int) -> dict[str, np.ndarray] | None:
-        """What was saved of a layer; None if it is not there or damaged."""
+    def load(self, number: int, kind: str = "layer") -> dict[str, np.ndarray] | None:
+        """The arrays that were saved under a number, of a layer or another kind; None if missing or damaged."""
         try:
-            return load_file(self.entry.folder / _name(layer))
+            return load_file(self.entry.folder / _name(kind, number))
         except (OSError, SafetensorError):
             return None
 
-    def save(self, layer: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep what belongs to a layer. Raises TritError."""
-        self.entry.write(_name(layer), save(dict(arrays)))
+    def save(self, number: int, arrays: Mapping[str, np.ndarray], kind: str = "layer") -> None:
+        """Keep arrays. `kind` is of small letters. Raises TritError."""
+        self.entry.write(_name(kind, number), save(dict(arrays)))
+
+    def forget(self, kind: str) -> None:
+        """Delete all arrays of a kind."""
+        for path in self.entry.folder.glob(f"{kind}-*.safetensors"):
+            path.unlink(missing_ok=True)
 
 
-def _name(layer: int) -> str:
-    return f"layer-{layer:04}.safetensors"
+def _name(kind: str, number: int) -> str:
+    return f"{kind}-{number:04}.safetensors"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tritconv.calibration.checkpoints import Checkpoints
 from tritconv.calibration.matrices import Matrix, stages
 from tritconv.calibration.model import LayeredModel, batches
 from tritconv.calibration.moments import Moments
@@ -112,13 +113,25 @@ class LayerQuantizer:
         self, tokens: torch.Tensor, scratch: Scratch, n_finished: int, on_layer: OnLayer
     ) -> Iterator[FinishedLayer]:
         looked_at, others = self._batches(tokens)
-        upstream = UpstreamGradients(
-            self._model, tokens, looked_at, self._seed, scratch, lambda what: on_layer(0, what)
-        )
-        on_layer(0, "embeddings")
         streams = Streams(scratch, [*looked_at, *others])
-        streams.start(self._model.embed(tokens[batch]) for batch in streams.batches)
-        for index in range(self._model.n_layers):
+        n_batches = len(streams.batches)
+        checkpoints = Checkpoints(self._store, self._ranks, self._model.n_layers)
+        first = checkpoints.last_layer(n_batches, n_finished)
+        upstream = UpstreamGradients(
+            *(self._model, tokens, looked_at, self._seed, scratch, checkpoints, n_finished),
+            lambda what: on_layer(n_finished, what),
+        )
+        on_layer(first, "embeddings")
+        embedded = (self._model.embed(tokens[batch]) for batch in streams.batches)
+        if first:
+            next(embedded)  # the model then knows what its layers are given besides
+            streams.start(checkpoints.load_streams(first, n_batches))
+            yield from map(self._finished, range(first))
+        else:
+            streams.start((hidden, hidden) for hidden in embedded)
+        for index in range(first, self._model.n_layers):
+            if index > first and index >= n_finished:
+                checkpoints.keep_streams(index, streams)
             layer = _Layer(self._model, index, self._wanted(index), streams, self._ranks)
             if index < n_finished:
                 on_layer(index, "as it was kept")
@@ -129,6 +142,7 @@ class LayerQuantizer:
                     self._store.save(index, done)
             del layer
             yield self._finished(index)
+        checkpoints.forget()
 
     def _batches(self, tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """The numbers of this process's sequences, in batches: those that gradients are taken of, and the others."""
