@@ -148,7 +148,7 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
     n_own = 0
     if options.own_tokens:
         n_own = -(-options.own_tokens // tokens.shape[1])
-        own = _own_text(model, tokens, n_own, LayerStore(inputs, origin.name)) if ranks.is_first else tokens
+        own = _own_text(model, tokens, n_own, seed, LayerStore(inputs, origin.name)) if ranks.is_first else tokens
         tokens = torch.cat([tokens, ranks.from_first(own)])
         inputs = replace(inputs, tokens=digest_of_tokens(tokens))
     note(f"calibrating on {len(tokens)} sequences of {tokens.shape[1]} tokens, in {model.precision} on {model.device}")
@@ -171,7 +171,7 @@ def _read(text: TextOptions, model: LayeredModel) -> tuple[torch.Tensor, int]:
     return sequences(texts, text, model.tokenizer), n_made_up
 
 
-def _own_text(model: LayeredModel, tokens: torch.Tensor, count: int, store: LayerStore) -> torch.Tensor:
+def _own_text(model: LayeredModel, tokens: torch.Tensor, count: int, seed: int, store: LayerStore) -> torch.Tensor:
     """So many sequences that the model writes, going on from `tokens`."""
     with share_bar() as bar:
         task = bar.add_task("the model writes text", total=None)
@@ -179,7 +179,7 @@ def _own_text(model: LayeredModel, tokens: torch.Tensor, count: int, store: Laye
         def on_tokens(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return own_text.write(model, tokens, count, store.inputs.seed, store, on_tokens)
+        return own_text.write(model, tokens, count, seed, store, on_tokens)
 
 
 def sensitivities(context: Context) -> sensitivity.Losses:

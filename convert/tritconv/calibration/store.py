@@ -14,7 +14,6 @@ class LayerStore:
     """The finished layers of one calibration.
 
     Attributes:
-        inputs: all that the result depends on.
         entry: the place in the cache. No other process deletes it as long as the store is in use.
     """
 
@@ -28,7 +27,6 @@ class LayerStore:
         Raises:
             TritError: there is no such place.
         """
-        self.inputs = inputs
         self.entry = cache.Entry(inputs.key(), f"{inputs.kind}, {model}")
 
     def load(self, number: int, kind: str = "layer") -> dict[str, np.ndarray] | None:
