@@ -14,7 +14,7 @@ from test_small_blocks import least, planted
 from typer.testing import CliRunner
 
 from tritconv.cli import app
-from tritconv.methods.gptq import matrix as gptq
+from tritconv.methods.gptq.matrix import Solver
 from tritcore.codec import validate
 from tritcore.errors import NotFiniteError
 from tritcore.format import BYTES_PER_BLOCK
@@ -123,7 +123,7 @@ def test_aims_that_blow_up_end_in_the_search(folder: Path, monkeypatch: pytest.M
     def blow_up(*_: object) -> None:
         raise NotFiniteError(7)
 
-    monkeypatch.setattr(gptq, "quantize", blow_up)
+    monkeypatch.setattr(Solver, "quantize", blow_up)
     target, _ = convert(folder, "model", "gptq", monkeypatch, cache="another")
     types = {t.name: t.tensor_type for t in GGUFReader(target).tensors if ".ffn_" in t.name or ".attn_" in t.name}
     assert {types[f"blk.{layer}.{name}.weight"] for layer in range(LAYERS) for name in NAMES} == {TRIT_TYPE[2]}

@@ -74,6 +74,7 @@ def _metadata_table(model: ModelFile) -> Table:
 
 def _tensor_table(model: ModelFile) -> Table:
     table = Table("tensor", "type", "shape", "size", "bits/weight", title="tensors")
+    table.columns[0].no_wrap = True
     for column in table.columns[3:]:
         column.justify = "right"
     methods = _methods(model)

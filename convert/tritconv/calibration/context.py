@@ -155,7 +155,7 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
     description = [
         *text.names,
         *([f"{n_made_up} rare words made up"] if n_made_up else []),
-        f"{n_read + n_own} sequences of {tokens.shape[1]} tokens",
+        f"{n_read} sequences of {tokens.shape[1]} tokens",
         *([f"{n_own} that the model wrote"] if n_own else []),
         f"seed {seed}",
         model.precision,
