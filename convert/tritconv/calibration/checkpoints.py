@@ -91,8 +91,8 @@ class Checkpoints:
         return f"states{'ab'[place]}{self._suffix}"
 
     def _layer_of(self, place: int, batch: int) -> int | None:
-        arrays = self._store.load(batch, self._kind(place))
-        return None if arrays is None else int(arrays["layer"])
+        layer = self._store.load_one(batch, self._kind(place), "layer")
+        return None if layer is None else int(layer)
 
 
 def _letters(number: int) -> str:

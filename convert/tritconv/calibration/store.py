@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from tritconv.calibration.inputs import Inputs
@@ -33,6 +33,14 @@ class LayerStore:
         """The arrays that were saved under a number, of a layer or another kind; None if missing or damaged."""
         try:
             return load_file(self.entry.folder / _name(kind, number))
+        except (OSError, SafetensorError):
+            return None
+
+    def load_one(self, number: int, kind: str, name: str) -> np.ndarray | None:
+        """One array of those that were saved under a number; the others are not read. None if missing or damaged."""
+        try:
+            with safe_open(self.entry.folder / _name(kind, number), framework="np") as file:
+                return file.get_tensor(name)
         except (OSError, SafetensorError):
             return None
 
