@@ -19,7 +19,6 @@ import torch
 from tritconv.calibration.head import label_gradients
 from tritconv.calibration.inputs import Machinery
 from tritconv.calibration.lender import Lender, rows_of_chunk
-from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.pretrained import INSTEAD, load
 from tritconv.calibration.stored import Spill
 from tritcore import child
@@ -305,13 +304,6 @@ class LayeredModel:
     def stored_copy(self, index: int) -> torch.nn.Module:
         """A copy of a layer in the types of the checkpoint, on the CPU, with its weights. Raises TritError."""
         return self._layer(index, None)
-
-    def weights(self, index: int, matrix: Matrix) -> torch.Tensor:
-        """A matrix of a layer, read again: float32 (rows, n), on the device. Raises TritError."""
-        ((_, values),) = self._parameters.read([self.full_name(index, matrix.name)])
-        if matrix.expert is not None:
-            values = values[matrix.expert]
-        return matrix.turned(values).to(self.device, torch.float32)
 
     def _layer(self, index: int, dtype: torch.dtype | None) -> torch.nn.Module:
         layer = self.layers[index]
