@@ -70,7 +70,9 @@ def quantize(depth: int, weights: np.ndarray, importance: np.ndarray | None = No
 
 
 def kernels() -> list[str]:
-    """The kernels of the search and of gptq that run here, the best first."""
+    """The kernels of the search and of gptq that run here, the best first; none where llama.cpp is not compiled."""
+    if not runnable():
+        return []
     names = [name for name in ("avx512", "avx2", "plain") if base().ggml_trit_use_kernels(name.encode())]
     use_kernels(None)
     return names

@@ -4,16 +4,17 @@ import re
 
 import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as Type
-from gguf import quants
 from tensors import blocks_of, finish, tensor_of
 
 from tritconv.encode import Encoded, check_finite, encode, measured, n_bytes
 from tritconv.workers import Chunk, Workers
+from tritcore import ggml
 from tritcore.encoder import quantize
 from tritcore.errors import TritError
 from tritcore.format import DEPTHS
-from tritcore.gguf_types import TRIT_TYPE
+from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
 
 
 def _trit(values: np.ndarray, depth: int, threads: int) -> Encoded:
@@ -50,11 +51,27 @@ def test_trit_blocks_and_their_error(depth: int, threads: int) -> None:
     assert encoded.relative_error == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("qtype", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0])
 def test_other_types_are_as_gguf_makes_them(qtype: Type) -> None:
     values = np.random.default_rng(0).standard_normal((600, 1024)).astype(np.float32)
     with Workers(2) as workers:
         assert encode(values, qtype, workers).data.tobytes() == quants.quantize(values, qtype).tobytes()
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("qtype", [t for t in Type if t in quants._type_traits and GGML_QUANT_SIZES[t][0] > 1])
+def test_ggml_decodes_what_gguf_does(qtype: Type) -> None:
+    """Random bytes, as they come from files of others; TRIT blocks are checked before they are decoded."""
+    block, size = GGML_QUANT_SIZES[qtype]
+    rng = np.random.default_rng(0)
+    if qtype in DEPTH_OF_TYPE:
+        data = quantize(rng.standard_normal((50, 4 * block)).astype(np.float32), DEPTH_OF_TYPE[qtype])
+    else:
+        data = rng.integers(0, 256, (50, 4 * size), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = quants.dequantize(data, qtype)
+    assert np.array_equal(ggml.dequantize(data, qtype), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

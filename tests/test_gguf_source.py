@@ -219,6 +219,7 @@ def test_tensors_that_gguf_py_does_not_write(tmp_path: Path) -> None:
     assert (matrix.kept_type, matrix.load().dtype, matrix.load().tolist()) == (None, np.float32, [[1, 2], [3, 4]])
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("qtype", [Type.F16, Type.F32, Type.Q4_K, Type.Q8_0, TRIT_TYPE[2]])
 def test_tensors_are_read_again_and_in_part(qtype: Type, tmp_path: Path) -> None:
     block, size = GGML_QUANT_SIZES[qtype]
@@ -261,6 +262,7 @@ def test_damaged_blocks_are_not_read_as_weights(tmp_path: Path) -> None:
         tensor.load()
 
 
+@pytest.mark.build
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("qtype", [Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.IQ4_XS])
 def test_scales_that_are_no_numbers_give_no_warnings(qtype: Type, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_labels_are_drawn_from_the_predictions(model: LayeredModel, tokens: torc
     assert norms[1] < 0.3 * norms[0]  # a thirty-second, in squares
 
 
+@pytest.mark.build
 def test_upstream_gradients_by_batch(
     model: LayeredModel, tokens: torch.Tensor, scratch: Scratch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,6 +210,7 @@ def _nvfp4(weights: torch.Tensor) -> Packed:
     return tensors, FP4[codes.long()] * scales.float().repeat_interleave(16, 1) * 0.25
 
 
+@pytest.mark.build
 def test_nvfp4_becomes_plain_matrices(folder: Path) -> None:
     _configure(folder, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})
     _check_values(folder, _quantize(folder, _nvfp4))
@@ -269,6 +270,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
     return folder, expected
 
 
+@pytest.mark.build
 def test_mxfp4_experts_become_matrices(gpt_oss: tuple[Path, Tensors]) -> None:
     _check_values(*gpt_oss, pre="gpt-2")
 

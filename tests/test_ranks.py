@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from pydoc_data import topics
 
@@ -38,16 +40,22 @@ def options(source: Path, target: Path, text: Path) -> list[str]:
     return [str(one) for one in ("hf-to-gguf", source, "--depth", 2, *calibration, "-o", target, "--threads", 1)]
 
 
-def two_processes(arguments: list[str], cache: Path) -> "subprocess.Popen[str]":
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launch(
+    arguments: Sequence[str], cache: Path, nodes: Sequence[str], within: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
+    """tritconv by torchrun with options `nodes`. `within` is a command that runs another."""
     return subprocess.Popen(
-        [*launcher, "-m", "tritconv", *arguments],
+        [*within, sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "tritconv", *arguments],
         env=os.environ | {"TRITCONV_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def two_processes(arguments: Sequence[str], cache: Path) -> "subprocess.Popen[str]":
+    return launch(arguments, cache, ["--standalone", "--nproc-per-node", "2"])
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:
@@ -70,6 +78,49 @@ def test_two_processes_make_the_file_of_one(tmp_path: Path, source: Path, text: 
     for name, values in one.items():
         # a code on the edge between two goes either way, and others follow it
         assert float((values != two[name]).mean()) < 0.1, name
+
+
+@pytest.fixture
+def two_machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, the first at 10.213.0.1, with a cable between them."""
+    names = f"tritconv-{os.getpid()}-0", f"tritconv-{os.getpid()}-1"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], capture_output=True, check=True)
+
+    with ExitStack() as stack:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                stack.callback(ip, "netns", "delete", name)
+            ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
+            for number, name in enumerate(names, start=1):
+                ip("-n", name, "address", "add", f"10.213.0.{number}/24", "dev", "eth0")
+                for device in ("eth0", "lo"):
+                    ip("-n", name, "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield names
+
+
+def test_two_machines_make_the_file_of_two_processes(
+    tmp_path: Path, source: Path, text: Path, two_machines: tuple[str, str]
+) -> None:
+    processes = []
+    for number, name in enumerate(two_machines):
+        nodes = ["--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
+        nodes += ["--master-addr", "10.213.0.1", "--master-port", "29511"]
+        within = ["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"]
+        arguments = options(source, tmp_path / f"machine-{number}.gguf", text)
+        processes.append(launch(arguments, tmp_path / f"cache-{number}", nodes, within))
+    for process in processes:
+        printed, _ = process.communicate(timeout=_LONGEST)
+        assert process.returncode == 0, printed
+    assert not (tmp_path / "machine-1.gguf").exists(), "only the first process writes"
+    here = two_processes(options(source, tmp_path / "here.gguf", text), tmp_path / "cache")
+    printed, _ = here.communicate(timeout=_LONGEST)
+    assert here.returncode == 0, printed
+    assert (tmp_path / "machine-0.gguf").read_bytes() == (tmp_path / "here.gguf").read_bytes()
 
 
 def children(parent: int) -> list[int]:

@@ -41,6 +41,7 @@ def _stored(path: Path) -> dict[str, tuple[Type, np.ndarray]]:
     return {t.name: (t.tensor_type, gguf.dequantize(t.data, t.tensor_type)) for t in GGUFReader(path).tensors}
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(
     ("kind", "kept", "largest"),
     [

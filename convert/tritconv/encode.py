@@ -9,7 +9,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from tritconv.sources.source import SourceTensor
 from tritconv.workers import Chunk, Workers
-from tritcore import gguf_types  # noqa: F401 - gguf then knows the TRIT types
+from tritcore import ggml
 from tritcore.errors import RangeError, TritError
 from tritcore.format import BLOCK_SIZE
 
@@ -82,7 +82,7 @@ def measured(values: np.ndarray, data: np.ndarray, qtype: GGMLQuantizationType, 
 
     def sums(chunk: Chunk) -> tuple[float, float]:
         with _any_value():
-            stored = quants.dequantize(data[chunk.place], qtype)
+            stored = ggml.dequantize(data[chunk.place], qtype)
         if not np.isfinite(stored).all():  # float16 ends at 65504, as a value and as the scale of a block
             block = int(np.flatnonzero(~np.isfinite(stored.ravel()))[0]) // BLOCK_SIZE
             raise RangeError(block, float(np.abs(chunk.rows).max()), f"above the range of {qtype.name}")

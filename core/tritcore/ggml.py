@@ -1,10 +1,10 @@
-"""ggml's own encoders, from the installed llama-cpp-python: the reference in C, and the fastest on a CPU.
+"""ggml's own encoders and decoders, from the installed llama-cpp-python: the reference in C, and the fastest on a CPU.
 
 `gptq_quantize` and `gptq_descend` work on transposed rows of blocks: float32 (64, rows), the scales of groups
 (4, rows). These arrays may be parts `array[:, first:last]` of larger ones, so that threads can share the rows of one.
 
-The library is loaded by itself: it needs neither a backend nor a model. Calls let go of Python's lock, so threads
-encode at the same time.
+The library is loaded by itself: it needs neither a backend nor a model. Calls let go of Python's lock, so threads work
+at the same time.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from tritcore.errors import TritError
 from tritcore.format import BLOCK_SIZE
@@ -49,6 +49,30 @@ def quantize(weights: np.ndarray, qtype: GGMLQuantizationType, importance: np.nd
         None if importance is None else _pointer(np.ascontiguousarray(importance, dtype=np.float32)),
     )
     return data
+
+
+def dequantize(data: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
+    """Decode rows, to the values that gguf-py has for them, in less time.
+
+    Args:
+        data: blocks, uint8 (..., bytes per row); of a type without blocks, values (..., n).
+
+    Returns:
+        float32 (..., n), of finite values: those of damaged blocks may be anything.
+
+    Raises:
+        NotImplementedError: ggml has no decoder for the type.
+    """
+    block, size = GGML_QUANT_SIZES[qtype]
+    if block == 1:
+        return quants.dequantize(data, qtype)
+    decode = _library().ggml_get_type_traits(ctypes.c_int(qtype)).contents.to_float
+    if not decode:
+        raise NotImplementedError(f"{qtype.name} has no decoder")
+    data = np.ascontiguousarray(data)
+    values = np.empty((*data.shape[:-1], data.shape[-1] // size * block), dtype=np.float32)
+    decode(_pointer(data), _pointer(values), values.size)
+    return values
 
 
 class Reach(ctypes.Structure):
@@ -167,6 +191,20 @@ def gptq_descend(
     return None if refused < 0 else int(refused)
 
 
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits`."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
 class _Matrix(ctypes.Structure):
     """`struct ggml_trit_gptq_matrix`."""
 
@@ -212,6 +250,7 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise TritError(f"{path} cannot be loaded ({error}); `make build` installs it") from error
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     library.ggml_trit_measure_reach.restype = None
     library.ggml_trit_reaches.restype = ctypes.c_bool
     library.ggml_trit_gptq_quantize.restype = ctypes.c_int64

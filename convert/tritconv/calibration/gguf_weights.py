@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from tritconv.calibration.stored import OpenFile, runs
+from tritcore import ggml
 
 _LAYER = re.compile(r"\bblk\.(\d+)\.")
 _FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -121,6 +122,7 @@ class GgufWeights:
 
             with (
                 replaced(gguf, "GGUFReader", lambda _: reader),
+                replaced(gguf, "dequantize", ggml.dequantize),
                 replaced(self._library, "get_gguf_hf_weights_map", names_once),
                 replaced(self._library, "tqdm", lambda tensors, **_: tensors),  # a progress bar for each tensor
             ):

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from gguf import GGMLQuantizationType
 from safetensors import safe_open
@@ -71,11 +73,11 @@ def load(folder: Path, gguf_file: str | None = None) -> Pretrained:
         source["gguf_file"] = gguf_file
         options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        config = AutoConfig.from_pretrained(**source)
-        check_attention(config, name)
-        auto_class = _class(config, name)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
         with _Deferred([] if gguf_file else find_weights(folder)) as deferred:
+            config = AutoConfig.from_pretrained(**source)
+            check_attention(config, name)
+            auto_class = _class(config, name)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
             model, info = auto_class.from_pretrained(**source, **options, output_loading_info=True)
     except TritError:
         raise
@@ -105,6 +107,10 @@ class _Deferred:
     def __enter__(self) -> "_Deferred":
         from transformers import modeling_gguf_pytorch_utils, modeling_utils
 
+        # the library asks for both again and again, each time seconds of work
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            self._stack.enter_context(replaced(gguf, name, cache(getattr(gguf, name))))
+
         self._convert = modeling_utils.convert_and_load_state_dict_in_model
         self._load_gguf = modeling_gguf_pytorch_utils.load_gguf_checkpoint
         # the only places where the library reads weights
@@ -123,7 +129,7 @@ class _Deferred:
         spill = Spill()
         tensors = {}
         header = getattr(config.hf_quantizer, "header", None)  # where the library reads a GGUF file lazily itself
-        gguf = {} if header is None else {info.name: info for info in header.tensors}
+        infos = {} if header is None else {info.name: info for info in header.tensors}
         file = None if header is None else OpenFile.of(Path(header.path))
         spill.check_space(sum(values.nbytes for values in state_dict.values() if isinstance(values, torch.Tensor)))
         for key, values in state_dict.items():
@@ -131,9 +137,9 @@ class _Deferred:
                 tensors[key] = self._stored[key]
             elif isinstance(values, GgufTensor):
                 tensors[key] = values
-            elif header is not None and file is not None and key in gguf:
-                offset = header.data_start + gguf[key].offset
-                tensors[key] = FileTensor(file, offset, tuple(values.shape), _gguf_dtype(gguf[key].ggml_type))
+            elif header is not None and file is not None and key in infos:
+                offset = header.data_start + infos[key].offset
+                tensors[key] = FileTensor(file, offset, tuple(values.shape), _gguf_dtype(infos[key].ggml_type))
             else:
                 tensors[key] = spill.add(values[...])
         self.parameters = Parameters(model, tensors, config, self._convert)

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType
 
 from tritconv.allocate import CANDIDATES
 from tritconv.calibration.gradients import LayerGradients, Progress, draw, gradients, stride
@@ -156,4 +156,4 @@ def _stored(weights: np.ndarray, qtype: GGMLQuantizationType, importance: np.nda
     """The values that a type has for weights, both float32 (rows, n)."""
     depth = DEPTH_OF_TYPE.get(qtype)
     data = ggml.quantize(weights, qtype) if depth is None else encoder.quantize(weights, depth, importance)
-    return quants.dequantize(data, qtype)
+    return ggml.dequantize(data, qtype)

@@ -1,4 +1,4 @@
-"""GGUF files as a source: metadata and tensors of any type that gguf-py can dequantize."""
+"""GGUF files as a source: metadata and tensors of any type that ggml can decode."""
 
 import re
 from collections.abc import Sequence
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType, quants
+from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType
 
 from tritconv.sources.source import Kind, Origin, Source, SourceTensor, Value, in_file_order, kind_of
+from tritcore import ggml
 from tritcore.codec import validate
 from tritcore.errors import TritError
 from tritcore.format import BYTES_PER_BLOCK
@@ -190,10 +191,10 @@ class _Stored:
                 ) from error
         try:
             with np.errstate(all="ignore"):  # what is not finite is refused when it is stored
-                return quants.dequantize(rows, self.tensor.type).reshape(shape)
+                return ggml.dequantize(rows, self.tensor.type).reshape(shape)
         except NotImplementedError as error:
             raise TritError(
-                f"{self.path}: tensor {self.tensor.name} is {self.tensor.type.name}, which gguf cannot dequantize; "
+                f"{self.path}: tensor {self.tensor.name} is {self.tensor.type.name}, which ggml cannot decode; "
                 "convert from an F16 or Q8_0 file"
             ) from error
 

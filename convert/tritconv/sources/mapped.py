@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, MODEL_TENSORS, GGMLQuantizationType, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, MODEL_TENSOR, MODEL_TENSORS, GGMLQuantizationType, LlamaFileType
 
 from tritconv.sources.agreement import (
     check_head,
@@ -30,6 +30,7 @@ from tritconv.sources.source import Kind, Origin, Source, SourceTensor, Value, i
 from tritconv.sources.tokenizer import TokenizerReading
 from tritconv.sources.upstream import TensorReading, at_work, reading, reason
 from tritconv.sources.weights import read_weights
+from tritcore import ggml
 from tritcore.console import note
 from tritcore.errors import TritError
 
@@ -197,7 +198,7 @@ class _Dequantize:
         self._factor = factor
 
     def __call__(self) -> np.ndarray:
-        values = quants.dequantize(self._load(), self._qtype).reshape(self._shape)
+        values = ggml.dequantize(self._load(), self._qtype).reshape(self._shape)
         if self._factor is not None:
             values *= self._factor.reshape(-1, *(1 for _ in self._shape[1:])) if self._factor.size > 1 else self._factor
         return values
