@@ -6,7 +6,7 @@ import torch
 
 from tritconv.calibration.ranks import Ranks
 
-_PART = 1024  # columns of a symmetric matrix that one product makes
+_PART = 256  # columns of a symmetric matrix that one product makes
 
 
 @dataclass
@@ -43,15 +43,14 @@ class Moments:
 
         Args:
             x: (tokens, n), in the type of the products.
-            other: x', (tokens, n), for the drift; or y, (tokens, rows), for the targets.
+            other: x' - x, (tokens, n), for the drift; or y, (tokens, rows), for the targets.
         """
         if not len(x):
             return
-        for start in range(0, x.shape[1], _PART):
-            _add_product(self.hessian[start:, start : start + _PART], x[:, start:], x[:, start : start + _PART])
+        add_squares(self.hessian, x)
         if self.drift is not None:
             assert other is not None
-            _add_product(self.drift, x, other - x)
+            _add_product(self.drift, x, other.to(x.dtype))
         if self.target is not None:
             assert other is not None
             _add_product(self.target, x, other.to(x.dtype))
@@ -61,9 +60,20 @@ class Moments:
         """Sum up over all processes, and fill in the upper triangle of the Hessian."""
         ranks.sum(*(values for values in (self.hessian, self.drift, self.target) if values is not None))
         self.n_tokens = ranks.total(self.n_tokens)
-        for start in range(0, len(self.hessian), _PART):
-            part = slice(start, start + _PART)
-            self.hessian[part, start:] = self.hessian[start:, part].T.clone()
+        complete(self.hessian)
+
+
+def add_squares(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add xT x of (tokens, n) to the lower triangle of float32 (n, n). What is above it is undefined."""
+    for start in range(0, x.shape[1], _PART):
+        _add_product(total[start:, start : start + _PART], x[:, start:], x[:, start : start + _PART])
+
+
+def complete(total: torch.Tensor) -> None:
+    """Make (n, n) symmetric: the lower triangle goes to the upper one."""
+    for start in range(0, len(total), _PART):
+        part = slice(start, start + _PART)
+        total[part, start:] = total[start:, part].T.clone()
 
 
 def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from tritconv.calibration.checkpoints import Checkpoints
 from tritconv.calibration.gradients import Progress, draw, gradients, stride
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.moments import add_squares, complete
 from tritconv.calibration.ranks import Ranks
 from tritconv.calibration.scratch import Kept, Scratch
 
@@ -72,7 +73,8 @@ class OutputMoments:
     """The sums of g gT of the matrices of a layer, g the gradients (rows,) for their outputs, in diagonal blocks.
 
     Attributes:
-        blocks: of each matrix, float32 (some rows, the same rows), in the order of the rows.
+        blocks: of each matrix, float32 (some rows, the same rows), in the order of the rows. Only the lower triangles
+            are right until `finish` is called.
     """
 
     def __init__(self) -> None:
@@ -80,14 +82,16 @@ class OutputMoments:
 
     def add(self, matrix: Matrix, g: torch.Tensor) -> None:
         """Add gradients (tokens, rows) of a matrix."""
-        parts = g.float().tensor_split(-(-g.shape[1] // _MOST_ROWS), dim=1)
+        parts = g.tensor_split(-(-g.shape[1] // _MOST_ROWS), dim=1)
         for block, part in zip(self._of(matrix, g.shape[1], g.device), parts, strict=True):
-            block.addmm_(part.T, part)
+            add_squares(block, part)
 
     def finish(self, n_rows: Mapping[Matrix, int], device: torch.device, ranks: Ranks) -> None:
         """Sum up over all processes. `n_rows`: of all matrices that gradients were wanted for."""
         for matrix, count in n_rows.items():
             ranks.sum(*self._of(matrix, count, device))
+            for block in self.blocks[matrix]:
+                complete(block)
 
     def _of(self, matrix: Matrix, n_rows: int, device: torch.device) -> list[torch.Tensor]:
         if matrix not in self.blocks:

@@ -14,7 +14,6 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from tritconv.calibration.matrices import Matrix, Product, Recorder
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import Moments
-from tritconv.calibration.ranks import Ranks
 from tritconv.calibration.scratch import Kept, Scratch
 
 _SAME = 0.02  # the most that an output may differ from a sum of products, relative to the product
@@ -55,7 +54,7 @@ class FullPass:
     """The pass of a text through a layer in full precision.
 
     Attributes:
-        inputs: of each stage that has one input: that input in each batch, (tokens, n), in the type of the products.
+        inputs: of each stage that has one input: that input in each batch, bfloat16 (tokens, n).
     """
 
     def __init__(self, model: LayeredModel, index: int, layer: torch.nn.Module, streams: Streams) -> None:
@@ -75,7 +74,7 @@ class FullPass:
         """Move the full-precision stream of all batches behind the layer, and let go of the layer.
 
         Args:
-            stages: the input of the first matrix of each is kept, unless they are experts.
+            stages: those whose inputs are wanted. Experts' inputs are not kept.
             upstream: the gradients for the layer's output, by batch; a batch without them is only run.
             matrices: those whose outputs' gradients are wanted.
             on_gradient: called with such a matrix and the gradients (tokens, rows) of a batch.
@@ -100,7 +99,7 @@ class FullPass:
                 torch.autograd.grad(out, hidden, gradient.to(out))
             self._model.check_finite(out, f"layer {self._index} puts out")
             for matrix in self.inputs:
-                self.inputs[matrix].append(self._streams.scratch.keep(seen[matrix].to(self._model.product_type)))
+                self.inputs[matrix].append(self._streams.scratch.keep(seen[matrix].bfloat16()))
             self._streams.replace(self._streams.full, batch, out)
         del self._layer
 
@@ -137,16 +136,28 @@ class QuantizedPass:
     """
 
     def __init__(
-        self, model: LayeredModel, index: int, layer: torch.nn.Module, streams: Streams, full: FullPass, ranks: Ranks
+        self,
+        model: LayeredModel,
+        index: int,
+        layer: torch.nn.Module,
+        streams: Streams,
+        full: FullPass,
+        closing: Matrix | None = None,
     ) -> None:
-        self._ranks = ranks
+        """Prepare.
+
+        Args:
+            full: has run.
+            closing: a stage of its own, the last one, of which `adds_to_output` holds.
+        """
+        self._closing = closing
         self._model = model
         self._index = index
         self._layer = layer
         self._streams = streams
         self._full = full
         self._replayed: list[list[Kept]] = [[] for _ in streams.batches]
-        self._last: tuple[Matrix, list[Kept]] | None = None  # a matrix whose product the streams lack, and its inputs
+        self._lacking: list[Kept] = []  # the inputs of the closing matrix, once the streams lack its product
 
     def moments(self, stage: Sequence[Matrix], later: Collection[Matrix]) -> dict[Matrix, Moments]:
         """The moments of the matrices of a stage, summed over this process's share of the text.
@@ -159,18 +170,18 @@ class QuantizedPass:
         """
         if stage[0].is_expert:
             return self._of_experts(stage, [matrix for matrix in later if not matrix.is_expert])
-        if not later and len(stage) == 1 and self._ranks.from_first(self._adds_to_output(stage[0])):
-            return {stage[0]: self._of_last(stage[0])}
+        if self._closing is not None and list(stage) == [self._closing]:
+            return {self._closing: self._of_closing(self._closing)}
         return dict.fromkeys(stage, self._of_shared_input(stage))
 
     def finish(self) -> None:
         """Move the quantized stream of all batches behind the layer, all of whose matrices are quantized now."""
         for batch, kept in enumerate(self._streams.quantized):
-            if self._last is not None:
-                matrix, inputs = self._last
-                x = inputs[batch].get().to(self._model.device)
-                product = linear(x, matrix.of(self._layer).to(x.dtype)).float()
-                inputs[batch].release()
+            if self._lacking:
+                assert self._closing is not None
+                x = self._lacking[batch].get().to(self._model.device)
+                product = linear(x, self._closing.of(self._layer).to(x.dtype)).float()
+                self._lacking[batch].release()
                 out = kept.get().to(product.device)
                 out = out + product.view(out.shape)
             else:
@@ -179,8 +190,12 @@ class QuantizedPass:
                 out = ended
             self._model.check_finite(out, f"layer {self._index} puts out")
             self._streams.replace(self._streams.quantized, batch, out)
-            for replayed in self._replayed[batch]:
-                replayed.release()
+            self._forget(batch)
+
+    def _forget(self, batch: int) -> None:
+        """Let go of the products of a batch."""
+        while self._replayed[batch]:
+            self._replayed[batch].pop().release()
 
     def _of_experts(self, stage: Sequence[Matrix], later: Sequence[Matrix]) -> dict[Matrix, Moments]:
         found = {m: Moments.zeros(m.of(self._layer).shape[1], self._model.device) for m in stage}
@@ -205,74 +220,87 @@ class QuantizedPass:
                 raise _Stop
 
             self._pass(batch, kept.get(), stage, on_product)
-            shared.add(found[0], self._full.inputs[stage[0]][batch].get().to(found[0].device))
+            # rounded alike: equal inputs have no drift
+            drift = self._full.inputs[stage[0]][batch].get().to(found[0].device).float() - found[0].bfloat16()
+            shared.add(found[0], drift)
         self._full.release(stage[0])
         return shared
 
-    def _of_last(self, matrix: Matrix) -> Moments:
+    def _of_closing(self, matrix: Matrix) -> Moments:
         """With the full-precision layer's output as the target: this matrix can mend all errors of the layer.
 
         Afterwards, the quantized stream is the layer's output without the product of this matrix.
         """
         rows, n = matrix.of(self._layer).shape
         moments = Moments.zeros(n, self._model.device, rows=rows)
-        self._full.release(matrix)
-        inputs = []
         for batch, kept in enumerate(self._streams.quantized):
-            x, rest = self._without(matrix, batch, kept.get())
+            hidden = kept.get().to(self._model.device)
+            x, rest = _without(self._model, self._index, self._layer, matrix, hidden, self._replayed[batch])
+            x = x.to(self._model.product_type)
+            self._forget(batch)
             wanted = self._streams.full[batch].get().to(rest.device) - rest
             moments.add(x, wanted.view(-1, rows))
-            inputs.append(self._streams.scratch.keep(x))
+            self._lacking.append(self._streams.scratch.keep(x))
             self._streams.replace(self._streams.quantized, batch, rest)
-        self._last = matrix, inputs
         return moments
-
-    def _adds_to_output(self, matrix: Matrix) -> bool:
-        """Whether the layer puts out the product of `matrix` plus something that does not depend on it."""
-        hidden = self._streams.quantized[0].get()[:1]
-        found = []
-        out = self._pass(None, hidden, [matrix], lambda _, x: found.append(x))
-        _, rest = self._without(matrix, None, hidden)
-        assert out is not None
-        product = found[0].float() @ matrix.of(self._layer).float().T
-        if len(found) > 1 or product.numel() != out.numel():
-            return False
-        return bool((out - rest - product.view(out.shape)).norm() <= _SAME * product.norm())
-
-    def _without(self, matrix: Matrix, batch: int | None, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input (tokens, n) of a matrix, and the layer's output as if its product were zero."""
-        found: list[torch.Tensor] = []
-        out = self._pass(batch, hidden, [matrix], lambda _, x: found.append(x), zero=matrix)
-        assert out is not None
-        return found[0].to(self._model.product_type), out
 
     def _pass(
         self,
-        batch: int | None,
+        batch: int,
         hidden: torch.Tensor,
         matrices: Sequence[Matrix],
         on_product: Callable[[Matrix, torch.Tensor], None],
         *,
-        zero: Matrix | None = None,
         keep: bool = True,
     ) -> torch.Tensor | None:
-        """Put hidden states through the layer.
+        """Put the hidden states of a batch through the layer, and replay its products.
 
         Args:
-            batch: whose products are replayed; None replays none.
             on_product: called for products of `matrices`; `_Stop` from it ends the pass.
-            zero: a matrix whose product is to be zero.
             keep: whether the outputs of further products are kept, to be replayed.
 
         Returns:
             float32 (sequences, length, width), on the device; None if the pass was stopped.
         """
-        replayed = [] if batch is None else self._replayed[batch]
-        scratch = self._streams.scratch if keep and batch is not None else None
-        recorder = _Replay(self._layer, matrices, on_product, replayed, scratch, zero)
+        scratch = self._streams.scratch if keep else None
+        recorder = _Replay(self._layer, matrices, on_product, self._replayed[batch], scratch)
         with suppress(_Stop), torch.no_grad(), recorder:
             return self._model.run(self._index, self._layer, hidden.to(self._model.device))
         return None
+
+
+def adds_to_output(
+    model: LayeredModel, index: int, layer: torch.nn.Module, matrix: Matrix, hidden: torch.Tensor
+) -> bool:
+    """Whether a layer puts out the product of `matrix` plus something that does not depend on it.
+
+    Args:
+        hidden: an input of the layer, (sequences, length, width), on the device.
+    """
+    found: list[torch.Tensor] = []
+    with torch.no_grad(), Recorder(layer, [matrix], lambda _, x: found.append(x)):
+        out = model.run(index, layer, hidden)
+    x, rest = _without(model, index, layer, matrix, hidden, [])
+    product = x.float() @ matrix.of(layer).float().T
+    if len(found) > 1 or product.numel() != out.numel():
+        return False
+    return bool((out - rest - product.view(out.shape)).norm() <= _SAME * product.norm())
+
+
+def _without(
+    model: LayeredModel,
+    index: int,
+    layer: torch.nn.Module,
+    matrix: Matrix,
+    hidden: torch.Tensor,
+    replayed: list[Kept],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input (tokens, n) of a matrix, and the layer's output as if its product were zero."""
+    found: list[torch.Tensor] = []
+    recorder = _Replay(layer, [matrix], lambda _, x: found.append(x), replayed, zero=matrix)
+    with torch.no_grad(), recorder:
+        out = model.run(index, layer, hidden)
+    return found[0], out
 
 
 class _Replay(Recorder):
@@ -287,9 +315,17 @@ class _Replay(Recorder):
         matrices: Sequence[Matrix],
         on_product: Callable[[Matrix, torch.Tensor], None],
         replayed: list[Kept],
-        scratch: Scratch | None,
-        zero: Matrix | None,
+        scratch: Scratch | None = None,
+        zero: Matrix | None = None,
     ) -> None:
+        """Prepare.
+
+        Args:
+            on_product: called for products of `matrices` that are not replayed.
+            replayed: the outputs of the first products.
+            scratch: takes the outputs of the next ones, if there is one.
+            zero: a matrix whose product is to be zero.
+        """
         super().__init__(layer, matrices, on_product)
         self._replayed = replayed
         self._scratch = scratch

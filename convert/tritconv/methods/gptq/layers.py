@@ -18,7 +18,7 @@ from tritconv.calibration.matrices import Matrix, stages
 from tritconv.calibration.model import LayeredModel, batches
 from tritconv.calibration.moments import Moments
 from tritconv.calibration.outputs import OutputMoments, UpstreamGradients, some_sequences
-from tritconv.calibration.passes import FullPass, QuantizedPass, Streams
+from tritconv.calibration.passes import FullPass, QuantizedPass, Streams, adds_to_output
 from tritconv.calibration.ranks import ALONE, Ranks
 from tritconv.calibration.rows import Place
 from tritconv.calibration.scratch import Scratch
@@ -232,11 +232,12 @@ class _Layer:
         order = self._ranks.from_first(
             stages(self._quantized, list(self._depths), lambda: self._model.run(self._index, self._quantized, first))
         )
+        closing = self._closing(order, first)
         of_all = [matrix for matrix in self._depths if not matrix.is_expert]  # few tokens come to an expert
         outputs = OutputMoments()
-        self._full_pass.run(order, upstream, of_all, outputs.add)
+        self._full_pass.run(order[:-1] if closing else order, upstream, of_all, outputs.add)
         outputs.finish({m: len(self._weights[m]) for m in of_all}, self._model.device, self._ranks)
-        passes = self._quantized_pass()
+        passes = self._quantized_pass(closing)
         for number, stage in enumerate(order):
             on_layer(self._index, ", ".join(map(str, stage[:3])))
             later = {matrix for members in order[number + 1 :] for matrix in members}
@@ -248,8 +249,15 @@ class _Layer:
         notes = {"remarks": self._remarks(), "searched": self._searched}
         return self._done | {_NOTES: np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)}
 
-    def _quantized_pass(self) -> QuantizedPass:
-        return QuantizedPass(self._model, self._index, self._quantized, self._streams, self._full_pass, self._ranks)
+    def _closing(self, order: Sequence[Sequence[Matrix]], hidden: torch.Tensor) -> Matrix | None:
+        """The matrix of the last stage, if it is the only one and can mend all errors of the layer."""
+        if not order or len(order[-1]) > 1 or (matrix := order[-1][0]).is_expert:
+            return None
+        adds = adds_to_output(self._model, self._index, self._quantized, matrix, hidden)
+        return matrix if self._ranks.from_first(adds) else None
+
+    def _quantized_pass(self, closing: Matrix | None = None) -> QuantizedPass:
+        return QuantizedPass(self._model, self._index, self._quantized, self._streams, self._full_pass, closing)
 
     def _remarks(self) -> list[str]:
         if not self._few:
