@@ -1,19 +1,17 @@
 """What every calibration starts from, made once: the model, the matrices that are reached, and the tokens."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tritconv.calibration import own_text, rare_words, sensitivity
+from tritconv.calibration import memory, own_text, rare_words, sensitivity
 from tritconv.calibration.inputs import Inputs, digest_of_files, digest_of_tokens
-from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.model import BATCH_TOKENS, LayeredModel
 from tritconv.calibration.ranks import ALONE, Ranks
 from tritconv.calibration.reach import find_reach
 from tritconv.calibration.rows import Place, RowMap
@@ -28,8 +26,9 @@ from tritcore.errors import TritError
 from tritcore.sizes import show
 
 _TRAINED = 20  # bytes for each weight in training: itself, its code, the gradient, and two moments of that
-_STREAMS = 4  # hidden states of all tokens that are kept at a time
+_PROGRAM = 3 << 28  # bytes of Python, torch and transformers
 _SQUARES = 2  # float32 (n, n), n the longest row of a matrix, that are in memory at a time: the Hessian and its factor
+_BATCH = 6  # activations of a batch that are in memory at a time, as long as the longest row of a matrix
 _COPIES = 6  # float32 copies of the matrices with the same input: weights, aims, and what they are made of
 
 
@@ -100,12 +99,13 @@ class Context:
         mine = [t for t in self.source.tensors if t.name in self.maps and plan.choice(t).depth is not None]
         n_weights = sum(math.prod(tensor.shape) for tensor in mine)
         kept = sum(n_bytes(t.shape, plan.type_of(t)) for t in mine) + (2 * n_weights if trains else 0)
-        hidden = 4 * _STREAMS * (self.tokens.numel() * self.model.width)
+        streams = 8 * self.tokens.numel() * self.model.width  # float32, of both models
+        hidden = streams + 2 * self.tokens.numel() * (_longest_row(self.source) + 6 * self.model.width)
         needed = _least_memory(self.source, self.tokens.shape[1]) + min(hidden, self.memory)
         scratch = max(0, hidden - self.memory)
         if trains:
-            needed = max(needed, _TRAINED * n_weights + 2 * hidden // _STREAMS)
-        if needed > (there := total_memory()):
+            needed = max(needed, _PROGRAM + _TRAINED * n_weights + streams)
+        if needed > (there := memory.total()):
             n, length = self.tokens.numel(), self.tokens.shape[1]
             advice = "take --method gptq" if trains else "lower --memory, --calib-tokens or --calib-seq"
             raise TritError(
@@ -160,9 +160,9 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
         f"seed {seed}",
         model.precision,
     ]
-    free = free_memory() - _least_memory(source, tokens.shape[1])
-    memory = max(0, free // 2) if options.memory is None else options.memory
-    return Context(model, source, reach.maps, tokens, held_out, inputs, memory, description, ranks)
+    free = memory.free() - _least_memory(source, tokens.shape[1])
+    budget = max(0, free // 2) if options.memory is None else options.memory
+    return Context(model, source, reach.maps, tokens, held_out, inputs, budget, description, ranks)
 
 
 def _read(text: TextOptions, model: LayeredModel) -> tuple[torch.Tensor, int]:
@@ -206,33 +206,21 @@ def fitting(text: TextOptions, model: LayeredModel) -> TextOptions:
 def _least_memory(source: Source, length: int) -> int:
     """Bytes that a calibration needs besides hidden states: a layer twice, and statistics of its largest matrix."""
     layers: dict[str, int] = {}
-    longest = largest = 0
+    largest = 0
     for tensor in source.tensors:
         if tensor.kind is Kind.MATRIX:
             layer = tensor.name.rpartition("blk.")[2].partition(".")[0]
             layers[layer] = layers.get(layer, 0) + math.prod(tensor.shape)
-            longest = max(longest, tensor.shape[-1])
             largest = max(largest, math.prod(tensor.shape[-2:]))
+    longest = _longest_row(source)
     weights = 2 * max(layers.values(), default=0) + _COPIES * largest
-    return 4 * (weights + _SQUARES * longest**2 + length**2)
+    batch = max(BATCH_TOKENS, length) * _BATCH * longest
+    return _PROGRAM + 4 * (weights + _SQUARES * longest**2 + length**2 + batch)
 
 
-def total_memory() -> int:
-    """Bytes of memory that the machine has; where it does not say, more than any has."""
-    if not hasattr(os, "sysconf"):
-        return 1 << 62
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_memory() -> int:
-    """Bytes of memory that programs can still have, about."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except (OSError, ValueError):
-        pass  # not Linux
-    return total_memory() // 2 if total_memory() < 1 << 62 else 4 << 30
+def _longest_row(source: Source) -> int:
+    """The longest row of a matrix."""
+    return max((tensor.shape[-1] for tensor in source.tensors if tensor.kind is Kind.MATRIX), default=0)
 
 
 def _status(what: str) -> AbstractContextManager[Any]:

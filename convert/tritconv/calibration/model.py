@@ -6,7 +6,6 @@ weights.
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tritconv.calibration import memory
 from tritconv.calibration.head import label_gradients
 from tritconv.calibration.inputs import Machinery
 from tritconv.calibration.lender import Lender, rows_of_chunk
@@ -25,7 +25,7 @@ from tritcore import child
 from tritcore.errors import TritError
 from tritcore.sizes import show
 
-_BATCH_TOKENS = 2048  # through a layer at a time: enough to keep the cores busy, few enough to keep memory small
+BATCH_TOKENS = 2048  # through a layer at a time: enough to keep the cores busy, few enough to keep memory small
 
 
 @dataclass(frozen=True)
@@ -289,8 +289,8 @@ class LayeredModel:
             TritError: memory does not hold it.
         """
         needed = sum(parameter.numel() for parameter in self._model.parameters()) * self._precision.itemsize
-        room = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else _memory()
-        if room is not None and needed > room:
+        room = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else memory.total()
+        if needed > room:
             raise TritError(
                 f"{self.name}: to write text of its own, the whole model must be in memory: that needs {show(needed)}, "
                 f"and the machine has {show(room)}; leave out --calib-own"
@@ -422,7 +422,7 @@ class LayeredModel:
 
 def batches(hidden: torch.Tensor) -> Iterator[torch.Tensor]:
     """Hidden states (sequences, length, width), some sequences at a time."""
-    yield from hidden.split(max(1, _BATCH_TOKENS // hidden.shape[1]))
+    yield from hidden.split(max(1, BATCH_TOKENS // hidden.shape[1]))
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -433,13 +433,6 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _to(one, device) for key, one in value.items()}
     return value
-
-
-def _memory() -> int | None:
-    """Bytes of memory that the machine has; None where it does not say."""
-    if not hasattr(os, "sysconf"):
-        return None
-    return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def _fast_precision(device: torch.device) -> torch.dtype:

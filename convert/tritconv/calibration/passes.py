@@ -4,7 +4,7 @@ A stage is a set of matrices with the same input. A quantized pass ends where th
 that are not computed again: the first pass that reaches a product keeps its output, and later passes replay it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -174,12 +174,21 @@ class QuantizedPass:
             return {self._closing: self._of_closing(self._closing)}
         return dict.fromkeys(stage, self._of_shared_input(stage))
 
+    def skip(self, stage: Sequence[Matrix]) -> None:
+        """Do what `moments` does to the passes that follow, and nothing else: products are kept in bfloat16."""
+        if self._closing is not None and list(stage) == [self._closing]:
+            for _ in self._without_closing(self._closing):
+                pass
+        elif not stage[0].is_expert:
+            for _ in self._shared_inputs(stage):
+                pass
+
     def finish(self) -> None:
         """Move the quantized stream of all batches behind the layer, all of whose matrices are quantized now."""
         for batch, kept in enumerate(self._streams.quantized):
             if self._lacking:
                 assert self._closing is not None
-                x = self._lacking[batch].get().to(self._model.device)
+                x = self._lacking[batch].get().to(self._model.device, self._model.product_type)
                 product = linear(x, self._closing.of(self._layer).to(x.dtype)).float()
                 self._lacking[batch].release()
                 out = kept.get().to(product.device)
@@ -212,6 +221,14 @@ class QuantizedPass:
 
     def _of_shared_input(self, stage: Sequence[Matrix]) -> Moments:
         shared = Moments.zeros(stage[0].of(self._layer).shape[1], self._model.device, drift=True)
+        for batch, x in self._shared_inputs(stage):
+            # both rounded: equal inputs have no drift
+            shared.add(x, self._full.inputs[stage[0]][batch].get().to(x.device).float() - x.bfloat16())
+        self._full.release(stage[0])
+        return shared
+
+    def _shared_inputs(self, stage: Sequence[Matrix]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The input (tokens, n) of the matrices of a stage, by batch."""
         for batch, kept in enumerate(self._streams.quantized):
             found: list[torch.Tensor] = []
 
@@ -220,29 +237,30 @@ class QuantizedPass:
                 raise _Stop
 
             self._pass(batch, kept.get(), stage, on_product)
-            # rounded alike: equal inputs have no drift
-            drift = self._full.inputs[stage[0]][batch].get().to(found[0].device).float() - found[0].bfloat16()
-            shared.add(found[0], drift)
-        self._full.release(stage[0])
-        return shared
+            yield batch, found[0]
 
     def _of_closing(self, matrix: Matrix) -> Moments:
-        """With the full-precision layer's output as the target: this matrix can mend all errors of the layer.
-
-        Afterwards, the quantized stream is the layer's output without the product of this matrix.
-        """
+        """With the full-precision layer's output as the target: this matrix can mend all errors of the layer."""
         rows, n = matrix.of(self._layer).shape
         moments = Moments.zeros(n, self._model.device, rows=rows)
+        for batch, x, rest in self._without_closing(matrix):
+            wanted = self._streams.full[batch].get().to(rest.device) - rest
+            moments.add(x, wanted.view(-1, rows))
+        return moments
+
+    def _without_closing(self, matrix: Matrix) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The input (tokens, n) of the closing matrix, and the layer's output without its product, by batch.
+
+        Afterwards, that is the quantized stream.
+        """
         for batch, kept in enumerate(self._streams.quantized):
             hidden = kept.get().to(self._model.device)
             x, rest = _without(self._model, self._index, self._layer, matrix, hidden, self._replayed[batch])
             x = x.to(self._model.product_type)
             self._forget(batch)
-            wanted = self._streams.full[batch].get().to(rest.device) - rest
-            moments.add(x, wanted.view(-1, rows))
-            self._lacking.append(self._streams.scratch.keep(x))
+            self._lacking.append(self._streams.scratch.keep(x.bfloat16()))
             self._streams.replace(self._streams.quantized, batch, rest)
-        return moments
+            yield batch, x, rest
 
     def _pass(
         self,
@@ -340,7 +358,7 @@ class _Replay(Recorder):
             return super().__torch_function__(func, types, args, kwargs)
         number, self._count = self._count, self._count + 1
         if number < len(self._replayed):
-            return self._replayed[number].get().to(args[0].device)
+            return self._replayed[number].get().to(args[0])
         for product in self._products(func, (*args, *kwargs.values())):
             self._on_product(product.matrix, product.inputs)
             if product.matrix == self._zero:
@@ -348,5 +366,5 @@ class _Replay(Recorder):
                 return inputs.new_zeros(*inputs.shape[:-1], len(weight))
         out = func(*args, **kwargs)
         if self._scratch is not None:
-            self._replayed.append(self._scratch.keep(out))
+            self._replayed.append(self._scratch.keep(out.bfloat16()))
         return out

@@ -1,5 +1,6 @@
 """Tensors that a calibration needs again later: in memory up to a budget, else in a file."""
 
+import mmap
 import os
 import tempfile
 from collections import defaultdict
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from tritconv.calibration import memory
 from tritcore.errors import TritError
+
+_GIVE_BACK = 1 << 28  # bytes that are kept from one time that free memory is given back to the next: it takes 0.1 s
 
 
 class Kept:
@@ -37,6 +41,9 @@ class Kept:
 class Scratch:
     """Room for tensors. The first ones are in memory, until they take the budget; all later ones are in a file.
 
+    Each in memory is a mapping of its own, so a released one goes back to the system at once. Among the short-lived
+    tensors of the heap, what is kept would leave holes that the heap can neither fill nor give back.
+
     The file has no name, so nothing remains of it after the process ends, however it ends.
     """
 
@@ -50,16 +57,22 @@ class Scratch:
         self._budget = budget
         self._folder = folder
         self._in_memory = 0
+        self._until_given_back = _GIVE_BACK
         self._file: int | None = None
         self._end = 0
         self._holes: dict[int, list[int]] = defaultdict(list)  # offsets of free places, by their bytes
 
     def keep(self, values: torch.Tensor) -> Kept:
-        """Keep a tensor of any device, which the caller does not change afterwards. Raises TritError."""
-        values = values.detach().contiguous().cpu()
+        """Keep a tensor of any device. Raises TritError."""
+        values = values.detach()
+        self._until_given_back -= values.nbytes
+        if self._until_given_back <= 0:
+            memory.give_back()
+            self._until_given_back = _GIVE_BACK
         if self._in_memory + values.nbytes <= self._budget:
             self._in_memory += values.nbytes
-            return Kept(self, values, None)
+            return Kept(self, _mapped(values), None)
+        values = values.contiguous().cpu()
         holes = self._holes[values.nbytes]
         offset = holes.pop() if holes else self._end
         self._end = max(self._end, offset + values.nbytes)
@@ -109,3 +122,11 @@ class Scratch:
                 f"cannot write temporary data to {self._folder}: {error.strerror or error}; raise --memory, or set "
                 "TRITCONV_CACHE to a folder on a larger disk"
             ) from error
+
+
+def _mapped(values: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU, in a mapping of its own."""
+    if not values.nbytes:
+        return values.cpu()
+    room = torch.frombuffer(mmap.mmap(-1, values.nbytes), dtype=values.dtype)
+    return room.view(values.shape).copy_(values)

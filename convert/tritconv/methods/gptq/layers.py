@@ -210,11 +210,16 @@ class _Layer:
         self._few: list[int] = []  # tokens that came to experts' matrices, where they were too few
 
     def pass_on(self, blocks: Mapping[Matrix, np.ndarray]) -> None:
-        """Move both streams behind the layer, which is finished already."""
+        """Move both streams behind the layer, which is finished already: to the same bits as `quantize`."""
+        order, closing = self._stages()
         self._full_pass.run([], {}, [], lambda *_: None)
-        for matrix, data in blocks.items():
-            self._set_weights(matrix, data)
-        self._quantized_pass().finish()
+        passes = self._quantized_pass(closing)
+        for stage in order:
+            passes.skip(stage)
+            for matrix in stage:
+                if matrix in blocks:
+                    self._set_weights(matrix, blocks[matrix])
+        passes.finish()
 
     def quantize(
         self, upstream: Mapping[int, torch.Tensor], loop: ColumnLoop, keep_offsets: bool, on_layer: OnLayer
@@ -228,11 +233,7 @@ class _Layer:
             What the store keeps: blocks, offsets and notes.
         """
         on_layer(self._index, "full precision")
-        first = self._streams.quantized[0].get()[:1].to(self._model.device)
-        order = self._ranks.from_first(
-            stages(self._quantized, list(self._depths), lambda: self._model.run(self._index, self._quantized, first))
-        )
-        closing = self._closing(order, first)
+        order, closing = self._stages()
         of_all = [matrix for matrix in self._depths if not matrix.is_expert]  # few tokens come to an expert
         outputs = OutputMoments()
         self._full_pass.run(order[:-1] if closing else order, upstream, of_all, outputs.add)
@@ -249,14 +250,22 @@ class _Layer:
         notes = {"remarks": self._remarks(), "searched": self._searched}
         return self._done | {_NOTES: np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)}
 
-    def _closing(self, order: Sequence[Sequence[Matrix]], hidden: torch.Tensor) -> Matrix | None:
-        """The matrix of the last stage, if it is the only one and can mend all errors of the layer."""
-        if not order or len(order[-1]) > 1 or (matrix := order[-1][0]).is_expert:
-            return None
-        adds = adds_to_output(self._model, self._index, self._quantized, matrix, hidden)
-        return matrix if self._ranks.from_first(adds) else None
+    def _stages(self) -> tuple[Sequence[Sequence[Matrix]], Matrix | None]:
+        """The stages, of the layer before any matrix is quantized, and its closing matrix.
 
-    def _quantized_pass(self, closing: Matrix | None = None) -> QuantizedPass:
+        That is the one of the last stage, if it is alone and adds to the output: it can mend all errors of the layer.
+        """
+        hidden = self._streams.quantized[0].get()[:1].to(self._model.device)
+        order = stages(
+            self._quantized, list(self._depths), lambda: self._model.run(self._index, self._quantized, hidden)
+        )
+        closing = None
+        if order and len(order[-1]) == 1 and not (matrix := order[-1][0]).is_expert:
+            adds = adds_to_output(self._model, self._index, self._quantized, matrix, hidden)
+            closing = matrix if adds else None
+        return self._ranks.from_first((order, closing))
+
+    def _quantized_pass(self, closing: Matrix | None) -> QuantizedPass:
         return QuantizedPass(self._model, self._index, self._quantized, self._streams, self._full_pass, closing)
 
     def _remarks(self) -> list[str]:
