@@ -15,8 +15,8 @@ from checkpoints import VOCABULARY, exact_model, make_bpe_tokenizer, make_checkp
 from gguf import LlamaFileType
 from safetensors.torch import load_file, save_file
 
+from tritconv.calibration import memory, parameters, stored
 from tritconv.calibration import model as model_module
-from tritconv.calibration import parameters, stored
 from tritconv.calibration.gradients import draw
 from tritconv.calibration.matrices import matrices_of
 from tritconv.calibration.model import LayeredModel
@@ -301,7 +301,7 @@ def test_sequences_come_one_at_a_time(tokens: torch.Tensor, tmp_path: Path) -> N
 
 def test_a_model_that_does_not_fit_does_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = exact_model(make(tmp_path / "model", "Llama"))
-    monkeypatch.setattr(model_module, "_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "total", lambda: 1000)
     with pytest.raises(TritError, match=r"the whole model must be in memory.*leave out --calib-own"):
         model.whole_copy()
 

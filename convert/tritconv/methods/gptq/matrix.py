@@ -39,7 +39,7 @@ _MOST_DAMPING = 1.0
 _FLOOR = 0.01  # of the damping, for columns without inputs: times the mean of the diagonal
 _MOST_OFFSET = 0.499  # a code further away than half would be another code
 _INVERTIBLE = 1e3  # the damping at which to give up
-_TURNED = 1 << 24  # weights that are turned at a time
+_TURNED = 1 << 24  # values of a Hessian that are turned or looked at in one step
 _EXACT = 4096  # columns up to which factors are computed in float64
 # Gradients are noisier than inputs, and few tokens are looked at: the correlations of outputs are halved.
 _OUTPUT_DAMPING = 1.0
@@ -340,10 +340,15 @@ def _damp(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Te
     while damping < _INVERTIBLE:
         hessian.diagonal().copy_(diagonal + damping * unit)
         factor = _upper_factor(hessian.double() if len(hessian) <= _EXACT else hessian.clone())
-        if factor.isfinite().all() and (factor.diagonal() > 0).all():
+        if _is_finite(factor) and (factor.diagonal() > 0).all():
             return factor, damping * unit
         damping *= 10
     raise TritError("the model's activations or gradients on the calibration text are not finite")
+
+
+def _is_finite(matrix: torch.Tensor) -> bool:
+    """Whether all values of (n, n) are: some rows at a time, as `isfinite` needs more memory than they do."""
+    return all(bool(rows.isfinite().all()) for rows in matrix.split(max(1, _TURNED // len(matrix))))
 
 
 def _upper_factor(matrix: torch.Tensor) -> torch.Tensor:
