@@ -52,12 +52,9 @@ class GgufWeights:
         reader = gguf.GGUFReader(path)
         self._tensors = {tensor.name: tensor._replace(data=_Shape(tensor.data)) for tensor in reader.tensors}
         self._fields = {
-            key: field._replace(parts=[part.copy() for part in field.parts])
+            key: field._replace(parts=list(map(np.array, field.parts)))  # copies: the file does not stay mapped
             for key, field in reader.fields.items()
             if not key.startswith("tokenizer.")  # the loader would read it again at each call
-        }
-        self._fields = {
-            key: field._replace(parts=list(map(np.array, field.parts))) for key, field in self._fields.items()
         }
         self._file = OpenFile.of(Path(path))
         self._library = library

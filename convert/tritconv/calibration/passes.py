@@ -170,14 +170,14 @@ class QuantizedPass:
         """
         if stage[0].is_expert:
             return self._of_experts(stage, [matrix for matrix in later if not matrix.is_expert])
-        if self._closing is not None and list(stage) == [self._closing]:
-            return {self._closing: self._of_closing(self._closing)}
+        if stage[0] == self._closing:
+            return {stage[0]: self._of_closing(stage[0])}
         return dict.fromkeys(stage, self._of_shared_input(stage))
 
     def skip(self, stage: Sequence[Matrix]) -> None:
         """Do what `moments` does to the passes that follow, and nothing else: products are kept in bfloat16."""
-        if self._closing is not None and list(stage) == [self._closing]:
-            for _ in self._without_closing(self._closing):
+        if stage[0] == self._closing:
+            for _ in self._without_closing(stage[0]):
                 pass
         elif not stage[0].is_expert:
             for _ in self._shared_inputs(stage):
