@@ -354,7 +354,7 @@ def test_room_is_looked_for_and_said_before_the_work(
     asked: list[int] = []
     store: Any = SimpleNamespace(entry=SimpleNamespace(check_space=asked.append))
     plan = Plan(2, *[GGMLQuantizationType.Q8_0] * 3)
-    hidden = 4 * 4 * 100 * 32 * 64  # four streams, float32
+    hidden = 100 * 32 * (8 * 64 + 2 * (64 + 6 * 64))  # two streams in float32, and products kept in bfloat16
     _context(100, 32, hidden).check_room(plan, store, trains=False)
     _context(100, 32, 1000).check_room(plan, store, trains=False)
     _context(100, 32, hidden).check_room(plan, store, trains=True)
