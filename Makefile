@@ -108,4 +108,4 @@ $(DEMO_GGUF): models/manifest.json | build $(VENV)/packages
 	@touch $@
 
 $(DEMO_TRIT): $(DEMO_GGUF) | $(VENV)/packages
-	$(BIN)/tritconv gguf-to-gguf $< --depth 3 -o $@ --force
+	$(BIN)/tritconv gguf-to-gguf $< --depth 3 --fast -o $@ --force

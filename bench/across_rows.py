@@ -22,7 +22,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
 
 from command import exit_status
-from tritconv.methods.imatrix import read_imatrix
+from tritconv.methods.imatrix_file import read_imatrix
 from tritconv.plan import Plan
 from tritconv.sources.gguf import open_gguf
 from tritconv.sources.source import Kind, Source, SourceTensor, Value

@@ -179,7 +179,7 @@ def convert(case: Case, revision: Revision, options: argparse.Namespace, target:
             "HF_HUB_OFFLINE": "1",
         }
         command: list[object] = [sys.executable, "-m", "tritconv", case.command, case.source, "--force", "-o", target]
-        command += ["--depth", 2, "--calibrate", options.text.resolve(), "--calib-tokens", case.tokens]
+        command += ["--depth", 2, "--embed-type", "q8_0", "--calibrate", options.text.resolve(), "--calib-tokens", case.tokens]
         done = measure([*command, *revision.options], environment, folder, target)
     note(
         f"{case.model}, {case.tokens} tokens, {revision.name}: {done.wall:.1f} s, {done.cpu:.1f} s of CPU time, "
@@ -262,7 +262,7 @@ def _quality(
     for case in cases:
         if case.model not in bases:
             bases[case.model] = base = work / f"{case.model}-F16.gguf"
-            f16 = ["--depth", 2, "--tensor-depth", ".=f16", "--embed-type", "f16"]
+            f16 = ["--depth", 2, "--method", "search", "--tensor-depth", ".=f16", "--embed-type", "f16"]
             run(["-m", "tritconv", case.command, case.source, "--force", "-o", base, *f16])
         report = work / "report.json"
         results = [(name, path) for (other, name), path in files.items() if other == case]

@@ -23,15 +23,19 @@ from tritcore.errors import TritError
 from tritrun.tools import find_tool
 
 _CALIBRATE = ("--calibrate", "text")
+_LAYERS_ALONE = ("--embed-type", "q8_0")
 _METHODS = {
-    "TRIT2 search": ("--depth", "2"),
+    "TRIT2 search": ("--depth", "2", "--fast"),
     "TRIT2 uniform": ("--depth", "2", "--method", "uniform"),
     "TRIT2 imatrix": ("--depth", "2", "--imatrix", "imatrix.gguf"),
-    "TRIT2 gptq": ("--depth", "2", *_CALIBRATE),
-    "TRIT2 tune": ("--depth", "2", "--method", "tune", *_CALIBRATE),
-    "TRIT3 search": ("--depth", "3"),
-    "TRIT3 gptq, all text": ("--depth", "3", "--calib-tokens", "1000000", *_CALIBRATE),
-    "TRIT-4bpw gptq": ("--bpw", "4.0", *_CALIBRATE),
+    "TRIT2 gptq": ("--depth", "2", *_LAYERS_ALONE, *_CALIBRATE),
+    "TRIT2 tune": ("--depth", "2", "--method", "tune", *_LAYERS_ALONE, *_CALIBRATE),
+    "TRIT2, no option": ("--depth", "2"),
+    "TRIT3 search": ("--depth", "3", "--fast"),
+    "TRIT3 gptq, all text": ("--depth", "3", "--calib-tokens", "1000000", *_LAYERS_ALONE, *_CALIBRATE),
+    "78.5 MB gptq": ("--target-size", "78.5MB", *_CALIBRATE),
+    "90.9 MB gptq": ("--target-size", "90.9MB", *_CALIBRATE),
+    "105.5 MB gptq": ("--target-size", "105.5MB", *_CALIBRATE),
 }
 _ACROSS_ROWS = ("Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K")
 _THREE_BITS = ("TRIT2 search", "TRIT2 imatrix", "TRIT2 gptq", "Q3_K", "IQ3_S")
@@ -62,7 +66,7 @@ def main() -> None:
         files[label] = folder / f"{name}-{label.replace(',', '').replace(' ', '-')}.gguf"
         given = {"imatrix.gguf": imatrix, "text": options.calibrate}
         extra: list[object] = [given.get(argument, argument) for argument in arguments]
-        if options.quick and "--calibrate" in arguments:
+        if options.quick and not {"--fast", "uniform", "--imatrix"} & set(arguments):
             extra += ["--calib-tokens", 1024]
         convert = ["-m", "tritconv", "hf-to-gguf", checkpoint, "--force", "-o", files[label], *extra]
         make([files[label]], convert, [checkpoint, *(path for path in extra if isinstance(path, Path))], run)

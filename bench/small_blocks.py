@@ -135,7 +135,7 @@ def main() -> None:
     planted = json.loads(listed.read_text(encoding="utf-8"))
     base = folder / "F16.gguf"
     if not base.is_file():
-        _tritconv(checkpoint, base, "--tensor-depth", ".=f16", "--embed-type", "f16")
+        _tritconv(checkpoint, base, "--fast", "--tensor-depth", ".=f16", "--embed-type", "f16")
 
     print(f"planted in {', '.join(planted)}")
     print("| method | matrices in TRIT2 | small blocks cost | bits | KLD | fallback: bits | KLD | worse by |")
@@ -174,6 +174,7 @@ def _arguments(method: str, base: Path, options: argparse.Namespace) -> list[obj
 
 def _tritconv(checkpoint: Path, target: Path, *arguments: object) -> None:
     command = [sys.executable, "-I", "-m", "tritconv", "hf-to-gguf", checkpoint, "--depth", 2, "-o", target]
+    command += ["--embed-type", "q8_0"]
     # transformers gives SmolLM2's tokenizer the pre-tokenizer of its own Qwen2 class, which has no name
     command += ["--pre", "smollm"] if "qwen" in checkpoint.parent.name else []
     _run(*command, *arguments)

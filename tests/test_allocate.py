@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from rich.console import Console
 from tiny_gguf import write_tiny_model
 from typer.testing import CliRunner
 
-from tritconv.allocate import Allocation, BitsPerWeight, Budget, FileSize, allocate, check
+from tritconv.allocate import Allocation, BitsPerWeight, Budget, FileSize, allocate, cheapest_outside, check
 from tritconv.cli import app
 from tritconv.encode import n_bytes
 from tritconv.plan import Plan
-from tritconv.sources.source import SourceTensor, kind_of
+from tritconv.sources.source import Kind, SourceTensor, kind_of
 from tritcore.errors import TritError, UsageError
 
 PLAN = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
+NAMED = replace(PLAN, named=frozenset([Kind.EMBEDDING, Kind.OUTPUT]))
 TYPES = (Type.TRIT2, Type.TRIT3, Type.TRIT4, Type.Q8_0)
 
 Losses = dict[str, dict[Type, float]]
@@ -35,10 +37,9 @@ def _losses(*losses: float) -> dict[Type, float]:
 
 
 # 4096 weights each: 1792, 2688, 3456 or 4352 bytes
-TENSORS = [
-    _tensor("token_embd.weight", 100),
-    *(_tensor(f"blk.{i}.{role}.weight") for i in range(2) for role in ("attn_q", "ffn_up")),
-]
+TENSORS = [_tensor(f"blk.{i}.{role}.weight") for i in range(2) for role in ("attn_q", "ffn_up")]
+EMBEDDING = _tensor("token_embd.weight", 100)
+NORM = replace(_tensor("output_norm.weight", 1), shape=(64,), kind=Kind.KEPT, kept_type=Type.F32)
 LOSSES = {
     "blk.0.attn_q.weight": _losses(9, 1, 0.1, 0.01),
     "blk.0.ffn_up.weight": _losses(4, 0.5, 0.05, 0.005),
@@ -94,8 +95,62 @@ def test_within_the_size_and_less_than_a_step_from_the_best(
         (8.5, ["Q8_0", "Q8_0", "Q8_0", "Q8_0"]),
     ],
 )
-def test_bits_per_weight_are_those_of_the_layers(bpw: float, types: list[str]) -> None:
+def test_bits_per_weight(bpw: float, types: list[str]) -> None:
     assert _types(allocate(TENSORS, LOSSES, PLAN, BitsPerWeight(bpw))) == types
+
+
+def test_bits_per_weight_are_those_of_all_weights() -> None:
+    tensors = [EMBEDDING, *TENSORS, NORM]
+    weights = 6400 + 4 * 4096 + 64
+
+    def types(bits: float, plan: Plan = NAMED) -> list[str]:
+        return _types(allocate(tensors, LOSSES, plan, BitsPerWeight(bits / weights)))
+
+    others = 6400 * 8.5 + 64 * 32
+    assert types(others + 4 * 4096 * 3.5 + 1) == ["TRIT2"] * 4
+    assert types(others + 4096 * (5.25 + 3 * 3.5) + 1) == ["TRIT3"] + ["TRIT2"] * 3
+    losses = LOSSES | {EMBEDDING.name: _losses(3, 0.3, 0.03, 0.003)}
+    found = allocate(tensors, losses, PLAN, BitsPerWeight((others + 4 * 4096 * 3.5 + 1) / weights))
+    assert found.types[EMBEDDING.name] is Type.TRIT3  # what it spares goes to the layers
+    assert _types(found) != ["TRIT2"] * 4
+
+
+@pytest.mark.parametrize("room", range(20_000, 40_000, 1111))
+def test_a_large_step_of_the_embeddings_is_no_obstacle(room: int) -> None:
+    """As good as the best of all ways, up to a step of a layer's matrix."""
+    tensors = [_tensor("token_embd.weight", 600), *TENSORS]
+    losses = LOSSES | {"token_embd.weight": _losses(5, 2, 1, 0.5)}
+    sizes = {t.name: {qtype: n_bytes(t.shape, qtype) for qtype in TYPES} for t in tensors}
+
+    def outcome(way: tuple[Type, ...]) -> tuple[int, float]:
+        pairs = list(zip(sizes, way, strict=True))
+        return sum(sizes[name][qtype] for name, qtype in pairs), sum(losses[name][qtype] for name, qtype in pairs)
+
+    ways = [outcome(way) for way in itertools.product(TYPES, repeat=5)]
+    best = min((loss for size, loss in ways if size <= room - 2560), default=np.inf)
+    try:
+        found = allocate(tensors, losses, PLAN, FileSize(room, 0))
+    except TritError:
+        assert room < min(ways)[0] or room > max(ways)[0]
+    else:
+        assert found.loss <= best
+
+
+def test_the_smallest_types_outside_that_cost_little() -> None:
+    tensors = [EMBEDDING, *TENSORS, _tensor("output.weight", 100)]
+    of_layers = {name: {Type.TRIT2: 1.0} for name in LOSSES}  # 4 in all
+    outside = {EMBEDDING.name: _losses(0.1, 0.03, 0.01, 0.001), "output.weight": _losses(0.3, 0.04, 0.02, 0.002)}
+    losses = of_layers | outside
+
+    def types(share: float, plan: Plan = PLAN) -> list[str]:
+        return [qtype.name for qtype in cheapest_outside(tensors, losses, plan, share).values()]
+
+    assert types(0.02) == ["TRIT3", "TRIT3"]  # 0.07 of 0.08
+    assert types(0.1) == ["TRIT2", "TRIT2"]
+    assert types(0.0125) == ["TRIT3", "TRIT4"]
+    assert types(1e-9) == ["Q8_0", "Q8_0"], "none costs so little"
+    assert types(0.02, replace(PLAN, named=frozenset([Kind.EMBEDDING]))) == ["TRIT3"]
+    assert types(0.02, NAMED) == []
 
 
 def test_the_rest_of_the_file_counts_towards_its_size() -> None:
@@ -164,28 +219,28 @@ def test_table_counts_types_by_role() -> None:
 
 
 def test_the_shapes_alone_tell_what_sizes_can_be_had() -> None:
-    for bpw in (3.5, 8.5):
+    for bpw in (2, 8.5):
         check(TENSORS, PLAN, BitsPerWeight(bpw))
-    for bpw in (3.49, 8.51):
-        with pytest.raises(UsageError, match=r"this model can have 3\.50 to 8\.50 bits per weight"):
+    for bpw in (1.99, 8.51):
+        with pytest.raises(UsageError, match=r"this model can have 2\.00 to 8\.50 bits per weight"):
             check(TENSORS, PLAN, BitsPerWeight(bpw))
     odd = [*TENSORS, _tensor("blk.1.ffn_gate.weight", 64, 96)]  # Q8_0: no blocks of 64 in 96
-    with pytest.raises(UsageError, match=r"can have 4\.87 to 8\.50"):
-        check(odd, PLAN, BitsPerWeight(4.5))
+    with pytest.raises(UsageError, match=r"can have 3\.78 to 8\.50"):
+        check(odd, PLAN, BitsPerWeight(3.7))
     fixed = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0, {"blk.0.attn_q.weight": Type.TRIT1})
-    with pytest.raises(UsageError, match=r"can have 3\.13 to 6\.87"):
+    with pytest.raises(UsageError, match=r"can have 2\.00 to 6\.87"):
         check(TENSORS, fixed, BitsPerWeight(7))
-    check(TENSORS, PLAN, FileSize(10_000 + 4 * 1792, 10_000))
+    check(TENSORS, PLAN, FileSize(10_000 + 4 * 1024, 10_000))
     with pytest.raises(UsageError, match=r"--target-size 1000000\.00 MB is out of range: this model can have"):
         check(TENSORS, PLAN, FileSize(10**12, 10_000))
     with pytest.raises(UsageError, match="no matrices to choose types for"):
-        check(TENSORS[:1], PLAN, BitsPerWeight(4))
+        check([EMBEDDING], PLAN, BitsPerWeight(4))
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--bpw", "nan"], "--bpw nan is out of range: 3.50 to 8.50"),
+        (["--bpw", "nan"], "--bpw nan is out of range: 2.00 to 8.50"),
         (["--bpw", "inf"], "--bpw inf is out of range"),
         (["--bpw", "-1"], "--bpw -1 is out of range"),
         (["--bpw", "0"], "--bpw 0 is out of range"),

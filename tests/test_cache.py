@@ -30,6 +30,7 @@ from tritconv.calibration.reach import Reach
 from tritconv.calibration.store import LayerStore
 from tritconv.cli import app
 from tritconv.methods import gptq, tune
+from tritconv.methods.gptq import sensitivity
 from tritconv.plan import Plan
 from tritconv.sources.mapped import open_checkpoint
 from tritconv.sources.source import Source
@@ -329,7 +330,7 @@ def keys_of(
             found[inputs.kind] = inputs.key()
 
     def losses(_: object, maps: Any, *rest: object) -> Any:
-        return {name: dict(zip(CANDIDATES, (9.0, 3.0, 1.0, 0.1), strict=True)) for name in maps}
+        return {name: dict(zip(CANDIDATES, (27.0, 9.0, 3.0, 1.0, 0.1), strict=True)) for name in maps}
 
     def stop(*arguments: object) -> Any:
         raise _Reached
@@ -343,7 +344,7 @@ def keys_of(
     monkeypatch.setattr(context, "LayeredModel", lambda *_: model)
     monkeypatch.setattr(context, "find_reach", lambda *_: reach)
     monkeypatch.setattr(context.own_text, "write", lambda _, tokens, count, *rest: tokens[:1].repeat(count, 1))
-    monkeypatch.setattr(context.sensitivity, "measure", losses)
+    monkeypatch.setattr(sensitivity, "measure", losses)
     monkeypatch.setattr(gptq.LayerQuantizer, "run", quantize)
     monkeypatch.setattr(tune, "load_tuned", stop)
 
@@ -355,7 +356,7 @@ def keys_of(
 
     def keys(*options: object) -> dict[str, str]:
         found.clear()
-        defaults = [] if "--bpw" in options or "--target-size" in options else ["--depth", 2]
+        defaults = [] if "--bpw" in options or "--target-size" in options else ["--depth", 2, "--embed-type", "q8_0"]
         calibration = ["--calib-tokens", 1024, "--calib-seq", 64, "--calibrate", text]
         command = ["hf-to-gguf", str(checkpoint), *defaults, *calibration, *options]
         run = CliRunner().invoke(app, [str(part) for part in command], env={"TRIT_TRACEBACK": "1"})

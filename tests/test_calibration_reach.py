@@ -26,7 +26,7 @@ from tritconv.calibration.reach import Reach, find_reach
 from tritconv.calibration.rows import RowIndex, RowMap
 from tritconv.calibration.text import TextOptions
 from tritconv.convert import Job, hf_to_gguf
-from tritconv.methods import Finished
+from tritconv.methods import Finished, MethodName
 from tritconv.methods.gptq import Gptq
 from tritconv.methods.gptq import layers as layerwise
 from tritconv.methods.gptq.columns import ColumnLoop
@@ -402,7 +402,7 @@ def check_near(found: Calibrated) -> None:
 def test_layer_norms_in_half_precision(
     architecture: str, precision: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "_fast_precision", lambda _: precision)
+    monkeypatch.setattr(model_module, "fast_precision", lambda _: precision)
     folder = make(tmp_path / "model", architecture, torch.bfloat16 if precision is torch.float32 else torch.float16)
     calibration = calibrated(folder, tmp_path / "cache", monkeypatch)
     assert calibration.exceptions == []
@@ -468,7 +468,8 @@ def test_a_kind_that_is_missed_is_an_error(llama: Path) -> None:
 def test_threads_are_those_asked_for(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    job = Job(PLAN, tmp_path / "x.gguf", threads=3, calibration=CalibrationOptions(TextOptions([], (), 256, 64)))
+    options = CalibrationOptions(TextOptions([], (), 256, 64))
+    job = Job(PLAN, tmp_path / "x.gguf", threads=3, method=MethodName.GPTQ, calibration=options)
     with pytest.raises(TritError, match="too few"):
         hf_to_gguf(str(llama), None, job, pre="gpt-2")
     assert asked == [3, 3], "for the mapping and for the calibration"

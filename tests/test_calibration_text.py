@@ -344,8 +344,8 @@ def _context(n_sequences: int, length: int, memory: int) -> Context:
     source = Source("tiny", "llama", {}, (tensor,), Origin(Path("tiny")))
     rows = RowMap([(0, Matrix("up"))], np.zeros(64, np.int32), np.arange(64))
     tokens = torch.zeros(1, dtype=torch.int64).expand(n_sequences, length)
-    model = SimpleNamespace(width=64)
-    return Context(model, source, {tensor.name: rows}, tokens, tokens[:0], None, memory, ())  # type: ignore[arg-type]
+    model = SimpleNamespace(width=64, n_layers=2)
+    return Context(model, source, {tensor.name: rows}, {}, tokens, tokens[:0], None, memory, ())  # type: ignore[arg-type]
 
 
 def test_room_is_looked_for_and_said_before_the_work(
@@ -358,9 +358,9 @@ def test_room_is_looked_for_and_said_before_the_work(
     _context(100, 32, hidden).check_room(plan, store, trains=False)
     _context(100, 32, 1000).check_room(plan, store, trains=False)
     _context(100, 32, hidden).check_room(plan, store, trains=True)
-    blocks = 64 * 28
-    assert asked == [blocks, blocks + hidden - 1000, blocks + 2 * 64 * 64]
-    assert "of memory, and 1.8 kB on disk in" in capsys.readouterr().err
+    blocks, gradients = 64 * 28, 2 * (800 * 64 * 2)
+    assert asked == [blocks + gradients, blocks + gradients + hidden - 1000, blocks + gradients + 2 * 64 * 64]
+    assert "of memory, and 207 kB on disk in" in capsys.readouterr().err
     for n_sequences, length, memory in ((10**6, 10**9, 10**15), (1, 10**9, 0)):
         with pytest.raises(TritError, match=r"needs .* TB of memory, and the machine has .*: lower --memory"):
             _context(n_sequences, length, memory).check_room(plan, store, trains=False)

@@ -141,7 +141,7 @@ def test_an_adapter_beside_its_base_is_no_merged_model(folder: Path) -> None:
 
 def test_the_command_line_says_it_in_one_line(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    done = tritconv("hf-to-gguf", folder, "--depth", 2, "-o", folder / "x.gguf")
+    done = tritconv("hf-to-gguf", folder, "--fast", "--depth", 2, "-o", folder / "x.gguf")
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert "merge_and_unload" in line

@@ -60,7 +60,7 @@ def test_architectures(architecture: str, tmp_path: Path, text: Path) -> None:
     printed = convert(source, tmp_path / "d4.gguf", text, "--depth", 4, cache=tmp_path / "cache")
     assert "not reached" not in printed
     assert field(tmp_path / "d4.gguf", "trit.method") == "gptq"
-    run = tritconv("hf-to-gguf", source, "--depth", 4, "-o", tmp_path / "search.gguf")
+    run = tritconv("hf-to-gguf", source, "--fast", "--depth", 4, "-o", tmp_path / "search.gguf")
     assert run.returncode == 0, run.stderr
     assert correlation(logits(tmp_path / "d4.gguf", PROMPT), logits(tmp_path / "search.gguf", PROMPT)) > 0.99
     # rows stand where they belong: calibrated weights are near the searched ones, not near those of other rows
@@ -149,8 +149,9 @@ def test_messages_need_a_chat_template(checkpoint: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "exit_code", "reason"),
     [
-        (["--method", "gptq"], 2, "add --calibrate"),
-        (["--method", "tune"], 2, "add --calibrate"),
+        (["--fast", "--calibrate", __file__], 2, "--fast is plain search"),
+        (["--fast", "--method", "gptq"], 2, "--fast is plain search"),
+        (["--fast", "--memory", "1GB"], 2, "--memory is for calibrations"),
         (["--calibrate", "nowhere.txt"], 1, "no such file"),
         (["--calibrate", __file__, "--imatrix", "x"], 2, "leave one of them out"),
         (["--calibrate", __file__, "--method", "uniform"], 2, "does not use --calibrate"),

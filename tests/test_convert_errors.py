@@ -46,7 +46,7 @@ def _fails(done: subprocess.CompletedProcess[str], *words: str, exit_code: int =
 def _convert_fails(source: object, work: Path, *words: str, depth: int = 2) -> None:
     out = work / "out"
     out.mkdir()
-    _fails(tritconv("hf-to-gguf", source, "--depth", depth, "-o", out / "x.gguf"), *words)
+    _fails(tritconv("hf-to-gguf", source, "--fast", "--depth", depth, "-o", out / "x.gguf"), *words)
     assert list(out.iterdir()) == []
 
 
@@ -134,31 +134,31 @@ def test_not_finite_norm(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", [0, 5, -1])
 def test_depth_out_of_range(depth: int, checkpoint: Path, tmp_path: Path) -> None:
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", depth, "-o", tmp_path / "x.gguf")
+    done = tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", depth, "-o", tmp_path / "x.gguf")
     _fails(done, f"--depth {depth} is out of range", exit_code=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_usage_errors_exit_with_2(checkpoint: Path) -> None:
     assert tritconv("hf-to-gguf", checkpoint).returncode == 2
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", "two").returncode == 2
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "--embed-type", "q9").returncode == 2
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", "two").returncode == 2
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "--embed-type", "q9").returncode == 2
 
 
 @pytest.mark.build
 def test_output_exists(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     out.write_text("precious")
-    _fails(tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", out), "x.gguf exists", "--force")
+    _fails(tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", out), "x.gguf exists", "--force")
     assert out.read_text() == "precious"
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", out, "--force").returncode == 0
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", out, "--force").returncode == 0
     assert out.read_bytes().startswith(b"GGUF")
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_no_output_folder(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "no" / "x.gguf"
-    _fails(tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", out), "does not exist")
+    _fails(tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", out), "does not exist")
 
 
 def test_disk_full_is_seen_before(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_disk_full_while_writing(checkpoint: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     out = tmp_path / "x.gguf"
-    done = checkpoints.tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", out, preexec_fn=limit)
+    done = checkpoints.tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", out, preexec_fn=limit)
     _fails(done, "no space left", "x.gguf")
     assert list(tmp_path.iterdir()) == []
 
@@ -193,7 +193,7 @@ def test_disk_full_while_writing(checkpoint: Path, tmp_path: Path) -> None:
 def test_interrupt(smollm2: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tritconv", "hf-to-gguf", str(smollm2), "--depth", "2", "-o", str(out)],
+        [sys.executable, "-m", "tritconv", "hf-to-gguf", str(smollm2), "--fast", "--depth", "2", "-o", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -216,20 +216,20 @@ def test_interrupt(smollm2: Path, tmp_path: Path) -> None:
 def test_a_killed_conversion_leaves_nothing_in_the_way(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / ".x.gguf.part").write_bytes(b"GGUF of a run that was killed" * 1_000_000)
     out = tmp_path / "x.gguf"
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", out).returncode == 0
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", out).returncode == 0
     assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_folder_without_permission(checkpoint: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    _fails(tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", tmp_path / "x.gguf"), "cannot write")
+    _fails(tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", tmp_path / "x.gguf"), "cannot write")
 
 
 @pytest.mark.build
 def test_row_length_of_the_model_that_nothing_fits(tmp_path: Path) -> None:
     """Rows of 200 fit neither TRIT nor Q8_0: F16, and a line for each matrix."""
     folder = make_checkpoint(tmp_path / "odd", intermediate_size=200)
-    done = tritconv("hf-to-gguf", folder, "--depth", 2, "-o", tmp_path / "x.gguf")
+    done = tritconv("hf-to-gguf", folder, "--fast", "--depth", 2, "-o", tmp_path / "x.gguf")
     assert done.returncode == 0, done.stderr
     assert "blk.0.ffn_down.weight is stored as F16: its rows of 200" in " ".join(done.stdout.split())

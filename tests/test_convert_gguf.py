@@ -28,8 +28,8 @@ def _fails(*arguments: object, words: tuple[str, ...], code: int = 1) -> None:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_same_tensors_as_from_the_checkpoint(depth: int, checkpoint: Path, f16_gguf: Path, tmp_path: Path) -> None:
     from_gguf, from_hf = tmp_path / "gguf.gguf", tmp_path / "hf.gguf"
-    assert tritconv("gguf-to-gguf", f16_gguf, "--depth", depth, "-o", from_gguf).returncode == 0
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", depth, "-o", from_hf).returncode == 0
+    assert tritconv("gguf-to-gguf", f16_gguf, "--fast", "--depth", depth, "-o", from_gguf).returncode == 0
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", depth, "-o", from_hf).returncode == 0
     a, b = ({t.name: (t.tensor_type, t.data.tobytes()) for t in GGUFReader(p).tensors} for p in (from_gguf, from_hf))
     assert a == b
     kept = ("general.architecture", "llama.block_count", "tokenizer.ggml.model", "tokenizer.chat_template")
@@ -39,7 +39,7 @@ def test_same_tensors_as_from_the_checkpoint(depth: int, checkpoint: Path, f16_g
 
 def test_every_token_and_merge_survives(f16_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    assert tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", out).returncode == 0
+    assert tritconv("gguf-to-gguf", f16_gguf, "--fast", "--depth", 2, "-o", out).returncode == 0
     before, after = GGUFReader(f16_gguf), GGUFReader(out)
     for key in before.fields:
         if key.startswith(("tokenizer.", "llama.")):
@@ -51,7 +51,7 @@ def test_from_other_types(source_type: str, f16_gguf: Path, tmp_path: Path) -> N
     source, out = tmp_path / "source.gguf", tmp_path / "out.gguf"
     done = llama_quantize("--pure", f16_gguf, source, source_type)
     assert done.returncode == 0, done.stderr
-    assert tritconv("gguf-to-gguf", source, "--depth", 3, "-o", out).returncode == 0
+    assert tritconv("gguf-to-gguf", source, "--fast", "--depth", 3, "-o", out).returncode == 0
     types = {t.name: t.type for t in read_model_file(out).tensors}
     assert types["blk.0.ffn_up.weight"] is Type.TRIT3
     assert types["blk.0.attn_norm.weight"] is Type.F32
@@ -68,16 +68,16 @@ def test_refusals(f16_gguf: Path, tmp_path: Path) -> None:
     _fails("gguf-to-gguf", tmp_path / "none.gguf", *common, words=("none.gguf: no such file",))
     _fails("gguf-to-gguf", no_gguf, *common, words=("x.bin: not a GGUF file",))
     _fails("gguf-to-gguf", cut, *common, words=("cut.gguf: truncated",))
-    _fails("gguf-to-gguf", cut, "--depth", 7, "-o", out, words=("--depth 7 is out of range",), code=2)
+    _fails("gguf-to-gguf", cut, "--fast", "--depth", 7, "-o", out, words=("--depth 7 is out of range",), code=2)
     same = tmp_path / "same.gguf"
     same.write_bytes(f16_gguf.read_bytes())
-    _fails("gguf-to-gguf", same, "--depth", 2, "-o", same, "--force", words=("is the source itself",))
+    _fails("gguf-to-gguf", same, "--fast", "--depth", 2, "-o", same, "--force", words=("is the source itself",))
     assert not out.exists()
 
 
 def test_inspect_lists_everything(f16_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    assert tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", out).returncode == 0
+    assert tritconv("gguf-to-gguf", f16_gguf, "--fast", "--depth", 2, "-o", out).returncode == 0
     done = tritconv("inspect", out, COLUMNS="160")
     assert done.returncode == 0, done.stderr
     for tensor in read_model_file(out).tensors:
@@ -89,7 +89,7 @@ def test_inspect_lists_everything(f16_gguf: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_inspect_counts_codes(depth: int, f16_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    assert tritconv("gguf-to-gguf", f16_gguf, "--depth", depth, "-o", out).returncode == 0
+    assert tritconv("gguf-to-gguf", f16_gguf, "--fast", "--depth", depth, "-o", out).returncode == 0
     name = "blk.1.ffn_down.weight"
     done = tritconv("inspect", out, "--tensor", name)
     assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_inspect_counts_codes(depth: int, f16_gguf: Path, tmp_path: Path) -> Non
 
 def test_inspect_refuses(f16_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    assert tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", out).returncode == 0
+    assert tritconv("gguf-to-gguf", f16_gguf, "--fast", "--depth", 2, "-o", out).returncode == 0
     _fails("inspect", out, "--tensor", "nope", words=("has no tensor nope",))
     _fails("inspect", out, "--tensor", "output_norm.weight", words=("is F32, only TRIT tensors",))
     _fails("inspect", tmp_path / "none.gguf", words=("no such file",))

@@ -25,7 +25,7 @@ def test_next_token_as_in_f16(architecture: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / architecture, architecture)
     base = to_f16_gguf(folder, tmp_path / "f16.gguf")
     trit = tmp_path / "trit4.gguf"
-    done = tritconv("hf-to-gguf", folder, "--depth", 4, "-o", trit, "--embed-type", "f16")
+    done = tritconv("hf-to-gguf", folder, "--fast", "--depth", 4, "-o", trit, "--embed-type", "f16")
     assert done.returncode == 0, done.stderr
 
     same = 0
@@ -44,7 +44,7 @@ def test_next_token_as_in_f16(architecture: str, tmp_path: Path) -> None:
 
 def test_types_and_metadata(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", 2)
+    done = tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2)
     assert done.returncode == 0, done.stderr
     path = tmp_path / f"{checkpoint.name}-TRIT2.gguf"
     model = read_model_file(path)
@@ -77,7 +77,7 @@ def test_types_and_metadata(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, t
 )
 def test_embedding_types(options: list[str], embedding: Type, output: Type, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", 1, "-o", path, *options)
+    done = tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 1, "-o", path, *options)
     assert done.returncode == 0, done.stderr
     types = {tensor.name: tensor.type for tensor in read_model_file(path).tensors}
     assert (types["token_embd.weight"], types["output.weight"]) == (embedding, output)
@@ -87,7 +87,7 @@ def test_rows_that_do_not_fit_fall_back_and_are_named(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "odd", intermediate_size=352)
     for fallback in ("q8_0", "f16"):
         path = tmp_path / f"{fallback}.gguf"
-        done = tritconv("hf-to-gguf", folder, "--depth", 2, "-o", path, "--fallback-type", fallback)
+        done = tritconv("hf-to-gguf", folder, "--fast", "--depth", 2, "-o", path, "--fallback-type", fallback)
         assert done.returncode == 0, done.stderr
         types = {tensor.name: tensor.type for tensor in read_model_file(path).tensors}
         assert types["blk.0.ffn_down.weight"] is types["blk.1.ffn_down.weight"] is Type[fallback.upper()]
@@ -110,7 +110,7 @@ def test_a_matrix_below_the_range_falls_back_and_is_named(checkpoint: Path, tmp_
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     path = tmp_path / "out.gguf"
-    done = tritconv("hf-to-gguf", folder, "--depth", 2, "-o", path)
+    done = tritconv("hf-to-gguf", folder, "--fast", "--depth", 2, "-o", path)
     assert done.returncode == 0, done.stderr
     types = {tensor.name: tensor.type for tensor in read_model_file(path).tensors}
     assert types["blk.1.ffn_up.weight"] is Type.Q8_0
@@ -128,7 +128,7 @@ def test_bin_checkpoints_and_shards(checkpoint: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     whole = tmp_path / "whole.gguf"
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", whole).returncode == 0
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", whole).returncode == 0
     data = {t.name: t.data.tobytes() for t in GGUFReader(whole).tensors}
 
     as_bin = tmp_path / "bin"
@@ -144,7 +144,7 @@ def test_bin_checkpoints_and_shards(checkpoint: Path, tmp_path: Path) -> None:
 
     for folder in (as_bin, sharded):
         path = tmp_path / f"{folder.name}.gguf"
-        done = tritconv("hf-to-gguf", folder, "--depth", 2, "-o", path)
+        done = tritconv("hf-to-gguf", folder, "--fast", "--depth", 2, "-o", path)
         assert done.returncode == 0, done.stderr
         assert {t.name: t.data.tobytes() for t in GGUFReader(path).tensors} == data
 
@@ -153,7 +153,7 @@ def test_same_file_whatever_the_threads(checkpoint: Path, tmp_path: Path) -> Non
     files = []
     for threads in (1, 3):
         path = tmp_path / f"{threads}.gguf"
-        done = tritconv("hf-to-gguf", checkpoint, "--depth", 3, "-o", path, "--threads", threads)
+        done = tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 3, "-o", path, "--threads", threads)
         assert done.returncode == 0, done.stderr
         files.append(path.read_bytes())
     assert files[0] == files[1]
@@ -161,7 +161,7 @@ def test_same_file_whatever_the_threads(checkpoint: Path, tmp_path: Path) -> Non
 
 def _peak_memory(folder: Path, target: Path) -> int:
     """Peak resident memory of a conversion, in bytes."""
-    command = [sys.executable, "-m", "tritconv", "hf-to-gguf", str(folder), "--depth", "2", "-o", str(target)]
+    command = [sys.executable, "-m", "tritconv", "hf-to-gguf", str(folder), "--fast", "--depth", "2", "-o", str(target)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

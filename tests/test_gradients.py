@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_whole_model(
     logits = whole(input_ids=tokens).logits
     labels = logits.detach().argmax(dim=-1)
 
-    def of_likeliest(hidden: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    def of_likeliest(hidden: torch.Tensor, *_: object) -> torch.Tensor:
         hidden = hidden.detach().requires_grad_()
         loss = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
         return torch.autograd.grad(loss, hidden)[0]
@@ -84,7 +84,7 @@ def test_upstream_gradients_by_batch(
     whole = found_by_layer(model, tokens, 7, scratch)
     monkeypatch.setenv("TRITCONV_CACHE", str(tmp_path / "cache"))
     checkpoints = Checkpoints(LayerStore(Inputs("layers", "digest", "", 7, model.machinery), "tiny"), ALONE, 2)
-    found = UpstreamGradients(model, tokens, [[4, 1], [3]], 7, scratch, checkpoints, 0, lambda what: None)
+    found = UpstreamGradients(model, tokens, [[4, 1], [3]], 7, scratch, checkpoints, 0, None, lambda what: None)
     for index in (1, 0):
         batches = found.take(index)
         for batch, numbers in enumerate(([4, 1], [3])):
@@ -94,7 +94,7 @@ def test_upstream_gradients_by_batch(
 
 
 def test_output_moments_are_sums_in_diagonal_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "_MOST_ROWS", 20)
+    monkeypatch.setattr(outputs, "MOST_ROWS", 20)
     g = torch.randn(100, 50, generator=torch.Generator().manual_seed(0))
     moments = OutputMoments()
     for part in g.split(30):

@@ -225,7 +225,7 @@ def test_refused(what: str) -> None:
 COMMANDS = [
     ("tritconv", "inspect", "{bad}"),
     ("tritconv", "inspect", "{bad}", "--tensor", "w"),
-    ("tritconv", "gguf-to-gguf", "{bad}", "--depth", "2"),
+    ("tritconv", "gguf-to-gguf", "{bad}", "--fast", "--depth", "2"),
     ("tritconv", "gguf-to-gguf", "{good}", "--depth", "2", "--imatrix", "{bad}"),
     *(
         pytest.param(("tritrun", *arguments), marks=pytest.mark.build)

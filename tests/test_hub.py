@@ -29,7 +29,7 @@ def _environment(home: Path, endpoint: str, **more: str) -> dict[str, str]:
 
 def _convert(source: str, folder: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
-    return tritconv("hf-to-gguf", source, "--depth", 2, *options, cwd=folder, env=env)
+    return tritconv("hf-to-gguf", source, "--fast", "--depth", 2, *options, cwd=folder, env=env)
 
 
 def _fails(done: subprocess.CompletedProcess[str], folder: Path, *words: str) -> None:
@@ -67,7 +67,7 @@ def _shard(folder: Path, *names: str) -> None:
 @pytest.mark.build
 def test_a_model_of_the_hub_converts(checkpoint: Path, tmp_path: Path) -> None:
     local = tmp_path / "local.gguf"
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", local).returncode == 0
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", local).returncode == 0
     expected = {t.name: t.data.tobytes() for t in GGUFReader(local).tensors}
 
     work = tmp_path / "work"

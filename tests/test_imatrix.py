@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter
 from test_hostile_headers import HOSTILE
 
-from tritconv.methods.imatrix import read_imatrix
+from tritconv.methods.imatrix_file import read_imatrix
 from tritcore import encoder
 from tritcore.errors import TritError
 from tritcore.format import DEPTHS
@@ -220,7 +220,7 @@ def test_same_blocks_as_llama_quantize(depth: int, made_by_llama: Path, f16_gguf
     done = tritconv("gguf-to-gguf", f16_gguf, "--depth", depth, "-o", ours, "--imatrix", made_by_llama)
     assert done.returncode == 0, done.stderr
     assert "without importances" not in done.stdout
-    assert tritconv("gguf-to-gguf", f16_gguf, "--depth", depth, "-o", plain).returncode == 0
+    assert tritconv("gguf-to-gguf", f16_gguf, "--fast", "--depth", depth, "-o", plain).returncode == 0
     wanted, got, other = (_matrices(path, Type[f"TRIT{depth}"]) for path in (theirs, ours, plain))
     assert wanted.keys() == got.keys()
     assert len(wanted) == 14  # two layers of seven
@@ -283,7 +283,7 @@ def test_matrices_without_importances_are_named(experts_gguf: Path, tmp_path: Pa
     done = tritconv("gguf-to-gguf", experts_gguf, "--depth", 2, "-o", ours, "--imatrix", imatrix)
     assert done.returncode == 0, done.stderr
     assert "without importances, so by plain search: blk.1.attn_v.weight" in " ".join(done.stdout.split())
-    assert tritconv("gguf-to-gguf", experts_gguf, "--depth", 2, "-o", plain).returncode == 0
+    assert tritconv("gguf-to-gguf", experts_gguf, "--fast", "--depth", 2, "-o", plain).returncode == 0
     got, other = _matrices(ours, Type.TRIT2), _matrices(plain, Type.TRIT2)
     assert [name for name in got if got[name] == other[name]] == ["blk.1.attn_v.weight"]
 
@@ -303,7 +303,7 @@ def test_of_another_model(experts_gguf: Path, f16_gguf: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--method", "imatrix"), 2, "--method imatrix needs importances: add --imatrix FILE"),
+        (("--fast", "--imatrix", "x.gguf"), 2, "--fast is plain search: leave out --method, --imatrix"),
         (("--method", "search", "--imatrix", "x.gguf"), 2, "--method search does not use --imatrix"),
         (("--imatrix", "none.gguf"), 1, "none.gguf: no such file"),
     ],

@@ -272,7 +272,7 @@ def test_a_published_checkpoint(depth: int, dtype: torch.dtype, checkpoint: Path
     folder = tmp_path / "published"
     codes = _published(folder, checkpoint, depth, dtype)
     path = tmp_path / "out.gguf"
-    done = tritconv("hf-to-gguf", folder, "--depth", depth, "-o", path)
+    done = tritconv("hf-to-gguf", folder, "--fast", "--depth", depth, "-o", path)
     assert done.returncode == 0, done.stderr
     assert "14 tensors lie on a lattice of trits: their codes are kept" in " ".join(done.stdout.split())
     assert read_model_file(path).metadata["trit.imported"] == 14
@@ -313,7 +313,7 @@ def test_what_is_calibrated_is_not_imported(checkpoint: Path, tmp_path: Path) ->
 
 def test_other_checkpoints_import_nothing(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", path)
+    done = tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", path)
     assert done.returncode == 0, done.stderr
     assert "lattice" not in done.stdout
     assert read_model_file(path).metadata["trit.imported"] == 0

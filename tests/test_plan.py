@@ -98,7 +98,7 @@ def test_mixed_files(checkpoint: Path, tmp_path: Path) -> None:
         "--tensor-depth",
         "embd=3",
     ]
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", path, *options)
+    done = tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", path, *options)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("TRIT2", "TRIT3", "TRIT4", "Q8_0"))
     model = read_model_file(path)
@@ -124,9 +124,9 @@ def test_mixed_files(checkpoint: Path, tmp_path: Path) -> None:
     # the plan as it stands in the file makes the same file
     again = tmp_path / "again.gguf"
     options = [option for entry in plan for option in ("--tensor-depth", entry)]
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", again, *options).returncode == 0
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", again, *options).returncode == 0
     assert again.read_bytes() == path.read_bytes()
-    assert tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", plain).returncode == 0
+    assert tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", plain).returncode == 0
     assert "trit.plan" not in read_model_file(plain).metadata
 
 
@@ -141,7 +141,7 @@ def test_mixed_files(checkpoint: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_rules(text: str, exit_code: int, words: str, f16_gguf: Path, tmp_path: Path) -> None:
-    done = tritconv("gguf-to-gguf", f16_gguf, "--depth", 2, "-o", tmp_path / "x.gguf", "--tensor-depth", text)
+    done = tritconv("gguf-to-gguf", f16_gguf, "--fast", "--depth", 2, "-o", tmp_path / "x.gguf", "--tensor-depth", text)
     assert (done.returncode, done.stdout) == (exit_code, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

@@ -16,7 +16,7 @@ from checkpoints import make_bpe_tokenizer, tritconv
 
 from fetch import FetchError, download
 from tritconv.calibration.documents import Document
-from tritconv.calibration.model import _fast_precision
+from tritconv.calibration.model import fast_precision
 from tritconv.calibration.pretrained import load
 from tritconv.calibration.text import render
 from tritconv.sources.foreign_code import trusted
@@ -79,7 +79,7 @@ def test_code_that_a_checkpoint_of_the_hub_names(victim: Path, marker: Path, tmp
     with hub.serve({"org/victim": victim, "evil/code": tmp_path / "code"}) as server:
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         env |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1"}
-        done = tritconv("hf-to-gguf", "org/victim", "--depth", 2, cwd=_work(tmp_path), env=env)
+        done = tritconv("hf-to-gguf", "org/victim", "--fast", "--depth", 2, cwd=_work(tmp_path), env=env)
         _is_refused(done, "evil/code")
         assert not any("evil" in request for request in server.requests), "it was fetched"
     assert not marker.exists()
@@ -261,7 +261,7 @@ def hostile(marker: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.build
 def test_modules_in_the_current_folder(checkpoint: Path, hostile: Path, marker: Path, tmp_path: Path) -> None:
-    done = tritconv("hf-to-gguf", checkpoint, "--depth", 2, "-o", tmp_path / "x.gguf", cwd=hostile)
+    done = tritconv("hf-to-gguf", checkpoint, "--fast", "--depth", 2, "-o", tmp_path / "x.gguf", cwd=hostile)
     assert done.returncode == 0, done.stderr
     assert not marker.exists()
 
@@ -270,7 +270,7 @@ def test_modules_in_the_current_folder_of_a_child(hostile: Path, marker: Path, m
     """That asks whether the processor multiplies in bfloat16, if it says so."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.chdir(hostile)
-    _fast_precision(torch.device("cpu"))
+    fast_precision(torch.device("cpu"))
     assert not marker.exists()
 
 

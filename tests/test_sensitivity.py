@@ -17,8 +17,8 @@ from tritconv.calibration.inputs import Inputs, digest_of_tokens
 from tritconv.calibration.matrices import Matrix, matrices_of
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import RowMap
-from tritconv.calibration.sensitivity import Losses, measure, origins
 from tritconv.calibration.store import LayerStore
+from tritconv.methods.gptq.sensitivity import Losses, measure, origins
 from tritcore import ggml
 
 pytestmark = pytest.mark.build
@@ -61,13 +61,14 @@ def one_to_one(model: LayeredModel) -> dict[str, RowMap]:
 
 
 def store_of(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap], seed: int) -> LayerStore:
-    inputs = Inputs("sensitivity", "tiny", digest_of_tokens(tokens), seed, model.machinery, origins(maps))
+    inputs = Inputs("sensitivity", "tiny", digest_of_tokens(tokens), seed, model.machinery, origins(maps, CANDIDATES))
     return LayerStore(inputs, "tiny")
 
 
 def measured(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap] | None = None, seed: int = 0) -> Losses:
     maps = one_to_one(model) if maps is None else maps
-    return measure(model, maps, tokens, seed, store_of(model, tokens, maps, seed), MEMORY, lambda what: None)
+    store = store_of(model, tokens, maps, seed)
+    return measure(model, maps, {}, tokens, seed, CANDIDATES, store, MEMORY, lambda what: None)
 
 
 def stored(weights: torch.Tensor, qtype: Type) -> torch.Tensor:
@@ -75,8 +76,9 @@ def stored(weights: torch.Tensor, qtype: Type) -> torch.Tensor:
     return torch.from_numpy(quants.dequantize(ggml.quantize(weights.numpy(), qtype), qtype))
 
 
-def test_predicts_the_divergence(checkpoint: Path, tokens: torch.Tensor) -> None:
+def test_predicts_the_divergence(checkpoint: Path) -> None:
     model = LayeredModel(checkpoint)
+    tokens = torch.randint(3, 600, (128, 32), generator=torch.Generator().manual_seed(1))
     predicted = measured(model, tokens)
     whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
@@ -92,7 +94,8 @@ def test_predicts_the_divergence(checkpoint: Path, tokens: torch.Tensor) -> None
             weights.copy_(stored(weights, Type.TRIT3))
             divergence = (before.exp() * (before - predictions())).sum(dim=-1).mean()
             weights.copy_(kept)
-            assert predicted[f"blk.{index}.{matrix}"][Type.TRIT3] == pytest.approx(float(divergence), rel=0.3)
+            # gptq makes errors that cost less than those of the search
+            assert 0.4 * divergence < predicted[f"blk.{index}.{matrix}"][Type.TRIT3] < 1.15 * divergence
 
 
 def test_more_bits_lose_less(model: LayeredModel, tokens: torch.Tensor) -> None:
@@ -113,7 +116,8 @@ def test_a_tensor_has_the_losses_of_its_rows(model: LayeredModel, tokens: torch.
     found = measured(model, tokens, {"first": first, "second": second})
     alone, joined = measured(model, tokens), measured(model, tokens, {"both": both})
     for qtype in CANDIDATES:
-        assert found["first"][qtype] + found["second"][qtype] == pytest.approx(alone[name][qtype])
+        # up to what the errors of some rows have to do with those of others
+        assert found["first"][qtype] + found["second"][qtype] == pytest.approx(alone[name][qtype], rel=0.25)
         assert joined["both"][qtype] == pytest.approx(alone[name][qtype] + alone[f"blk.1.{DOWN}"][qtype])
 
 
@@ -167,11 +171,11 @@ def test_kept_losses_are_used_once_all_are_there(model: LayeredModel, tokens: to
     maps = one_to_one(model)
     steps: list[str] = []
     store = store_of(model, tokens, maps, 0)
-    first = measure(model, maps, tokens, 0, store, MEMORY, steps.append)
+    first = measure(model, maps, {}, tokens, 0, CANDIDATES, store, MEMORY, steps.append)
     assert steps
     steps.clear()
-    assert measure(model, maps, tokens, 0, store, MEMORY, steps.append) == first
+    assert measure(model, maps, {}, tokens, 0, CANDIDATES, store, MEMORY, steps.append) == first
     assert not steps
     (store.entry.folder / "layer-0001.safetensors").unlink()
-    assert measure(model, maps, tokens, 0, store, MEMORY, steps.append) == first
+    assert measure(model, maps, {}, tokens, 0, CANDIDATES, store, MEMORY, steps.append) == first
     assert steps

@@ -31,7 +31,7 @@ def converted(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     folder = tmp_path_factory.mktemp("converted")
     paths = {depth: folder / f"TRIT{depth}.gguf" for depth in (2, 3, 4)}
     for depth, path in paths.items():
-        done = tritconv("hf-to-gguf", smollm2, "--depth", depth, "-o", path)
+        done = tritconv("hf-to-gguf", smollm2, "--fast", "--depth", depth, "-o", path)
         assert done.returncode == 0, done.stderr
         assert "is stored as" not in done.stdout
     return paths
@@ -65,7 +65,7 @@ def test_kl_divergence_falls_with_depth(
 
 def test_the_demo_model_knows_the_capital_of_france(tmp_path: Path) -> None:
     path = tmp_path / "trit3.gguf"
-    assert tritconv("gguf-to-gguf", SMOLLM2_GGUF, "--depth", 3, "-o", path).returncode == 0
+    assert tritconv("gguf-to-gguf", SMOLLM2_GGUF, "--fast", "--depth", 3, "-o", path).returncode == 0
     done = _tritrun("chat", path, "--prompt", "What is the capital of France?", "--system", "", "--temp", 0)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout

@@ -42,7 +42,7 @@ def test_both_conversions_have_the_shared_options() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--memory", "1GB"], "--memory is for calibrations"),
+        (["--memory", "1GB", "--method", "uniform"], "--memory is for calibrations"),
         (["--memory", "much", "--calibrate", __file__], "--memory much is no size"),
     ],
 )

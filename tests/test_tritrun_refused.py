@@ -220,7 +220,9 @@ def f16_trit(tiny_model: Path, tmp_path: Path) -> Callable[[int], Path]:
 
     def convert(depth: int) -> Path:
         path = tmp_path / f"TRIT{depth}.gguf"
-        result = CliRunner().invoke(tritconv, ["gguf-to-gguf", str(tiny_model), "--depth", str(depth), "-o", str(path)])
+        result = CliRunner().invoke(
+            tritconv, ["gguf-to-gguf", str(tiny_model), "--fast", "--depth", str(depth), "-o", str(path)]
+        )
         assert result.exit_code == 0, result.output
         return path
 

@@ -1,6 +1,7 @@
-"""Mixed depth: each matrix of the layers gets the type with which the predicted loss is least at a given size."""
+"""Mixed depth: each matrix gets the type with which the predicted loss is least at a given size of the file."""
 
 import heapq
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -17,7 +18,7 @@ from tritconv.sources.source import Kind, SourceTensor
 from tritcore.errors import TritError, UsageError
 from tritcore.gguf_types import TRIT_TYPE
 
-CANDIDATES = (TRIT_TYPE[2], TRIT_TYPE[3], TRIT_TYPE[4], GGMLQuantizationType.Q8_0)
+CANDIDATES = (*TRIT_TYPE.values(), GGMLQuantizationType.Q8_0)
 
 _ALIGNMENT = 32  # of a tensor's data in a GGUF file
 
@@ -38,29 +39,29 @@ def _bits(qtype: GGMLQuantizationType) -> float:
 
 
 class Budget(Protocol):
-    """How much room the matrices of the layers may take, in the user's unit."""
+    """How much room the matrices may take, in the user's unit."""
 
     @property
     def label(self) -> str:
         """For the name of the file."""
         ...
 
-    def room(self, n_weights: int) -> int:
-        """Bytes for matrices of so many weights."""
+    def room(self, tensors: Sequence[SourceTensor]) -> int:
+        """Bytes for the matrices among the tensors of a file."""
         ...
 
     def size(self, tensor: SourceTensor, qtype: GGMLQuantizationType) -> int:
         """Bytes that a tensor takes of it."""
         ...
 
-    def refuse(self, least: int, most: int, n_weights: int) -> TritError:
-        """Says what can be had, when the sizes that can be had are `least` to `most` bytes."""
+    def refuse(self, least: int, most: int, tensors: Sequence[SourceTensor]) -> TritError:
+        """Says what can be had, when the matrices can have `least` to `most` bytes."""
         ...
 
 
 @dataclass(frozen=True)
 class BitsPerWeight:
-    """A mean over the weights of the layers' matrices."""
+    """A mean over all weights of the file."""
 
     value: float
 
@@ -68,19 +69,20 @@ class BitsPerWeight:
     def label(self) -> str:
         return f"TRIT-{self.value:g}bpw"
 
-    def room(self, n_weights: int) -> int:
-        return int(self.value * n_weights / 8)
+    def room(self, tensors: Sequence[SourceTensor]) -> int:
+        return int(self.value * _n_weights(tensors) / 8) - _kept_bytes(tensors)
 
     def size(self, tensor: SourceTensor, qtype: GGMLQuantizationType) -> int:
         return n_bytes(tensor.shape, qtype)
 
-    def refuse(self, least: int, most: int, n_weights: int) -> TritError:
-        return _out_of_range(f"--bpw {self.value:g}", 8 * least / n_weights, 8 * most / n_weights, "bits per weight")
+    def refuse(self, least: int, most: int, tensors: Sequence[SourceTensor]) -> TritError:
+        lowest, highest = (8 * (size + _kept_bytes(tensors)) / _n_weights(tensors) for size in (least, most))
+        return _out_of_range(f"--bpw {self.value:g}", lowest, highest, "bits per weight")
 
 
 @dataclass(frozen=True)
 class FileSize:
-    """A size of the whole file, in bytes; `rest` is what all but the matrices of the layers take of it."""
+    """A size of the whole file, in bytes; `rest` is what all but the matrices take of it."""
 
     value: int
     rest: int = 0
@@ -89,15 +91,24 @@ class FileSize:
     def label(self) -> str:
         return "TRIT-mixed"
 
-    def room(self, n_weights: int) -> int:
+    def room(self, tensors: Sequence[SourceTensor]) -> int:
         return self.value - self.rest
 
     def size(self, tensor: SourceTensor, qtype: GGMLQuantizationType) -> int:
         return -(-n_bytes(tensor.shape, qtype) // _ALIGNMENT) * _ALIGNMENT
 
-    def refuse(self, least: int, most: int, n_weights: int) -> TritError:
+    def refuse(self, least: int, most: int, tensors: Sequence[SourceTensor]) -> TritError:
         bounds = (least + self.rest) / 1e6, (most + self.rest) / 1e6
         return _out_of_range(f"--target-size {self.value / 1e6:.2f} MB", *bounds, "MB")
+
+
+def _n_weights(tensors: Iterable[SourceTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _kept_bytes(tensors: Iterable[SourceTensor]) -> int:
+    """Bytes of the tensors whose type is not up to a plan."""
+    return sum(n_bytes(tensor.shape, tensor.kept_type) for tensor in tensors if tensor.kept_type is not None)
 
 
 def _out_of_range(option: str, least: float, most: float, unit: str) -> TritError:
@@ -111,17 +122,23 @@ class Allocation:
     """Types for tensors by name, and what is predicted of them.
 
     Attributes:
-        types: of the matrices of the layers that were free to choose.
-        losses: the predicted loss of each of them, with the type it got.
+        types: of the matrices that were free to choose.
+        losses: the predicted loss of each of them, with the type it got, in nats per token.
     """
 
     types: Mapping[str, GGMLQuantizationType]
     losses: Mapping[str, float]
 
+    @property
+    def loss(self) -> float:
+        """The predicted loss of all."""
+        return sum(self.losses.values())
+
     def table(self) -> Table:
         """How many matrices of each role got which type, and each role's share of the predicted loss."""
         types = sorted(set(self.types.values()), key=lambda qtype: qtype.name)
-        table = Table("matrices", *(qtype.name for qtype in types), "predicted loss", title="types by role")
+        title = f"types by role; predicted KL divergence {self.loss:.4f}"
+        table = Table("matrices", *(qtype.name for qtype in types), "predicted loss", title=title)
         for column in table.columns[1:]:
             column.justify = "right"
         roles: dict[str, list[str]] = defaultdict(list)
@@ -151,53 +168,84 @@ def _role(name: str) -> str:
 def check(tensors: Sequence[SourceTensor], plan: Plan, budget: Budget) -> None:
     """See whether a size can be had at all, by the shapes of the tensors alone. Raises UsageError."""
     matrices = _matrices(tensors)
-    if not matrices:
+    if not any(tensor.kind is Kind.MATRIX for tensor in matrices):
         raise UsageError("the model has no matrices to choose types for: give --depth")
     sizes = []
     for tensor in matrices:
-        types = [] if tensor.name in plan.single else [qtype for qtype in CANDIDATES if fits(tensor, qtype)]
+        types = [qtype for qtype in CANDIDATES if fits(tensor, qtype)] if plan.is_free(tensor) else []
         sizes.append([budget.size(tensor, qtype) for qtype in types or [plan.type_of(tensor)]])
     least, most = (sum(map(end, sizes)) for end in (min, max))
-    n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
-    if not least <= budget.room(n_weights) <= most:
-        raise budget.refuse(least, most, n_weights)
+    if not least <= budget.room(tensors) <= most:
+        raise budget.refuse(least, most, tensors)
 
 
 def _matrices(tensors: Sequence[SourceTensor]) -> list[SourceTensor]:
-    """Those of the layers that may have any type."""
-    return [tensor for tensor in tensors if tensor.kind is Kind.MATRIX and tensor.kept_type is None]
+    """Those that may have any type."""
+    return [tensor for tensor in tensors if tensor.kept_type is None]
 
 
 def allocate(tensors: Sequence[SourceTensor], losses: Losses, plan: Plan, budget: Budget) -> Allocation:
-    """Choose types for the matrices of the layers.
+    """Choose types for the matrices.
 
     Every tensor starts with its smallest type. Then whatever lowers the loss most for a byte is taken, as long as there
     is room: on the lower convex hull of a tensor's sizes and losses that is the best choice for the room it takes, and
-    what room is left in the end is less than one step of one tensor.
+    what room is left in the end is less than one step of one tensor. A step of the embeddings is a large part of the
+    file, so all types are tried for what lies outside the layers.
 
     Args:
         tensors: all of the model.
-        losses: the candidates. A tensor without any keeps the type that the plan has for it, and so does one that
-            `plan.single` names.
-        budget: for all matrices of the layers, free to choose or not.
+        losses: the candidates. A tensor without any keeps the type that the plan has for it, and so does one that is
+            not free.
+        budget: for all matrices, free to choose or not.
 
     Raises:
         TritError: that size cannot be had.
     """
     matrices = _matrices(tensors)
-    free = [tensor for tensor in matrices if losses.get(tensor.name) and tensor.name not in plan.single]
+    free = [tensor for tensor in matrices if losses.get(tensor.name) and plan.is_free(tensor)]
     hulls = {tensor.name: _hull(tensor, losses[tensor.name], budget) for tensor in free}
     fixed = sum(budget.size(tensor, plan.type_of(tensor)) for tensor in matrices if tensor.name not in hulls)
 
-    n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
     least, most = (fixed + sum(hull[end].size for hull in hulls.values()) for end in (0, -1))
-    room = budget.room(n_weights)
+    room = budget.room(tensors)
     if room < least or room > most:
-        raise budget.refuse(least, most, n_weights)
-    chosen = _descend(hulls, room - least)
-    return Allocation(
-        {name: step.qtype for name, step in chosen.items()}, {name: step.loss for name, step in chosen.items()}
+        raise budget.refuse(least, most, tensors)
+    outside = [tensor.name for tensor in free if tensor.kind is not Kind.MATRIX]
+    best: dict[str, _Step] = {}
+    for steps in itertools.product(*(hulls[name] for name in outside)):
+        some = hulls | {name: [step] for name, step in zip(outside, steps, strict=True)}
+        left = room - fixed - sum(hull[0].size for hull in some.values())
+        if left >= 0:
+            chosen = _descend(some, left)
+            if not best or _loss(chosen) < _loss(best):
+                best = chosen
+    return Allocation({name: step.qtype for name, step in best.items()}, {n: step.loss for n, step in best.items()})
+
+
+def cheapest_outside(
+    tensors: Sequence[SourceTensor], losses: Losses, plan: Plan, share: float
+) -> dict[str, GGMLQuantizationType]:
+    """The smallest types for what lies outside the layers that cost at most a share of the loss of the layers.
+
+    Args:
+        losses: of the layers in the types of the plan, and of what lies outside in each type to choose from.
+
+    Returns:
+        Types of the tensors that are free to choose: those of least loss where none costs so little.
+    """
+    free = [t for t in _matrices(tensors) if t.kind is not Kind.MATRIX and losses.get(t.name) and plan.is_free(t)]
+    of_layers = sum(
+        losses[tensor.name].get(plan.type_of(tensor), 0.0)
+        for tensor in tensors
+        if tensor.kind is Kind.MATRIX and tensor.name in losses
     )
+    ways = []
+    for types in itertools.product(*(losses[tensor.name] for tensor in free)):
+        size = sum(n_bytes(tensor.shape, qtype) for tensor, qtype in zip(free, types, strict=True))
+        loss = sum(losses[tensor.name][qtype] for tensor, qtype in zip(free, types, strict=True))
+        ways.append((loss > share * of_layers, size if loss <= share * of_layers else 0, loss, types))
+    *_, types = min(ways, key=lambda way: way[:3])
+    return {tensor.name: qtype for tensor, qtype in zip(free, types, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -224,6 +272,10 @@ def _hull(tensor: SourceTensor, losses: Mapping[GGMLQuantizationType, float], bu
             hull.pop()
         hull.append(step)
     return hull
+
+
+def _loss(steps: Mapping[str, _Step]) -> float:
+    return sum(step.loss for step in steps.values())
 
 
 def _descend(hulls: Mapping[str, Sequence[_Step]], room: int) -> dict[str, _Step]:

@@ -1,7 +1,7 @@
 """The `tritconv` command line."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import wraps
@@ -13,28 +13,34 @@ import typer
 from gguf import GGMLQuantizationType
 
 from tritconv import __version__
+from tritconv.methods import MethodName
 from tritconv.plan import Plan, TypeRule
+from tritconv.sources.source import Kind
 from tritconv.workers import all_cores, is_first_process
 from tritcore import cache, sizes
 from tritcore.commands import examples, new_app
 from tritcore.console import out, warning
 from tritcore.errors import UsageError
 from tritcore.format import DEPTHS
-from tritcore.gguf_types import TRIT_TYPE
+from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
 
 if TYPE_CHECKING:
     from tritconv.allocate import Budget
     from tritconv.calibration.context import CalibrationOptions
     from tritconv.convert import Job
-    from tritconv.methods import Quantizer
+    from tritconv.methods.imatrix import Importances
     from tritconv.methods.tune import TuneOptions
 
 app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", lambda: __version__)
 
 
 class StorageType(str, Enum):
-    """The types for tensors that do not become TRIT."""
+    """The types for tensors outside the layers, and for those that a TRIT type cannot hold."""
 
+    TRIT1 = "trit1"
+    TRIT2 = "trit2"
+    TRIT3 = "trit3"
+    TRIT4 = "trit4"
     F32 = "f32"
     F16 = "f16"
     BF16 = "bf16"
@@ -46,16 +52,6 @@ class StorageType(str, Enum):
     def qtype(self) -> GGMLQuantizationType:
         """The type as gguf knows it."""
         return GGMLQuantizationType[self.name]
-
-
-class Method(str, Enum):
-    """How codes and scales are chosen."""
-
-    SEARCH = "search"
-    IMATRIX = "imatrix"
-    UNIFORM = "uniform"
-    GPTQ = "gptq"
-    TUNE = "tune"
 
 
 Threads = Annotated[
@@ -82,8 +78,7 @@ class ConversionOptions:
         typer.Option(
             "--bpw",
             metavar="X",
-            help="Instead of --depth: bits per weight of the layers. Each matrix gets the depth that costs least. "
-            "Needs --calibrate.",
+            help="Instead of --depth: bits per weight of the file. Each matrix gets the type that costs least.",
             show_default=False,
         ),
     ] = None
@@ -101,13 +96,14 @@ class ConversionOptions:
         typer.Option("--output", "-o", metavar="FILE", help="The file to write.", show_default="<model>-TRIT<D>.gguf"),
     ] = None
     method: Annotated[
-        Method | None,
+        MethodName | None,
         typer.Option(
             "--method",
             help="How codes and scales are chosen: docs/guide/methods.md compares the methods.",
-            show_default="gptq with --calibrate, imatrix with --imatrix, else search",
+            show_default="gptq with --calibrate, imatrix with --imatrix, else the best that takes an hour at most",
         ),
     ] = None
+    fast: Annotated[bool, typer.Option("--fast", help="Plain search, without calibration: as --method search.")] = False
     imatrix: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +116,7 @@ class ConversionOptions:
             "--calibrate",
             metavar="FILE",
             help="Text to calibrate on, or JSON with texts or conversations; a file or a pipe. Repeatable.",
-            show_default=False,
+            show_default="a text that comes with tritconv",
         ),
     ] = None
     calib_tokens: Annotated[
@@ -170,9 +166,14 @@ class ConversionOptions:
             show_default=False,
         ),
     ] = None
-    embed_type: Annotated[StorageType, typer.Option("--embed-type", help="Type of the token embeddings.")] = (
-        StorageType.Q8_0
-    )
+    embed_type: Annotated[
+        StorageType | None,
+        typer.Option(
+            "--embed-type",
+            help="Type of the token embeddings.",
+            show_default="q8_0; with gptq or tune, the smallest that costs little",
+        ),
+    ] = None
     output_type: Annotated[
         StorageType | None,
         typer.Option("--output-type", help="Type of the output matrix (lm_head).", show_default="as --embed-type"),
@@ -326,8 +327,9 @@ def _job(options: ConversionOptions) -> "Job":
         options.output,
         options.force,
         options.threads,
-        _quantizer(method, options.imatrix),
         tuple(_rule(text) for text in options.tensor_depth or ()),
+        method,
+        _importances(options.imatrix),
         calibration,
         _training(options, method),
         budget,
@@ -361,70 +363,82 @@ def _plan(options: ConversionOptions) -> Plan:
     depth = _START_DEPTH if options.depth is None else options.depth
     if depth not in DEPTHS:
         raise UsageError(f"--depth {depth} is out of range: choose {min(DEPTHS)} to {max(DEPTHS)}")
-    output = options.output_type or options.embed_type
-    return Plan(depth, options.embed_type.qtype, output.qtype, options.fallback_type.qtype)
+    if options.fallback_type.qtype in DEPTH_OF_TYPE:
+        raise UsageError(f"--fallback-type {options.fallback_type.value}: it is for what a TRIT type cannot hold")
+    embedding, output = options.embed_type or StorageType.Q8_0, options.output_type or options.embed_type
+    named = {Kind.EMBEDDING: options.embed_type, Kind.OUTPUT: output}
+    return Plan(
+        depth,
+        embedding.qtype,
+        (output or embedding).qtype,
+        options.fallback_type.qtype,
+        named=frozenset(kind for kind, qtype in named.items() if qtype is not None),
+    )
 
 
-def _method(options: ConversionOptions) -> Method:
-    """The method wanted, or the one that goes with what is given."""
+def _method(options: ConversionOptions) -> MethodName | None:
+    """The method wanted, or the one that goes with what is given; None leaves the choice."""
     method, imatrix, calibrate = options.method, options.imatrix, options.calibrate
+    if options.fast:
+        if method not in (None, MethodName.SEARCH) or imatrix or calibrate:
+            raise UsageError("--fast is plain search: leave out --method, --imatrix and --calibrate, or --fast")
+        return MethodName.SEARCH
     if imatrix and calibrate:
         raise UsageError("--imatrix and --calibrate are two ways to know what matters: leave one of them out")
     if method is None:
-        return Method.GPTQ if calibrate else Method.IMATRIX if imatrix else Method.SEARCH
-    if imatrix and method is not Method.IMATRIX:
+        return MethodName.GPTQ if calibrate else MethodName.IMATRIX if imatrix else None
+    if imatrix and method is not MethodName.IMATRIX:
         raise UsageError(f"--method {method.value} does not use --imatrix: leave one of them out")
-    if calibrate and method not in (Method.GPTQ, Method.TUNE):
+    if calibrate and method in (MethodName.SEARCH, MethodName.UNIFORM):
         raise UsageError(f"--method {method.value} does not use --calibrate: leave one of them out")
     return method
 
 
-def _quantizer(method: Method, imatrix: Path | None) -> "Quantizer":
-    from tritconv.methods.imatrix import Imatrix
-    from tritconv.methods.search import Search
-    from tritconv.methods.uniform import Uniform
-
-    if method is Method.UNIFORM:
-        return Uniform()
-    if method is not Method.IMATRIX:
-        return Search()
-    if imatrix is None:
-        raise UsageError("--method imatrix needs importances: add --imatrix FILE, a file that llama-imatrix makes")
-    return Imatrix(imatrix)
-
-
-_CALIB_TOKENS = {Method.GPTQ: 65536, Method.TUNE: 262144}
-
-
-def _calibration(options: ConversionOptions, method: Method, budget: "Budget | None") -> "CalibrationOptions | None":
-    if method not in (Method.GPTQ, Method.TUNE):
-        if budget is not None:
-            raise UsageError("--bpw and --target-size need a text to know what matters: add --calibrate FILE")
-        if options.memory is not None:
-            raise UsageError("--memory is for calibrations: leave it out, or add --calibrate FILE")
+def _importances(path: Path | None) -> "Importances | None":
+    """The importances of a file that llama-imatrix has made."""
+    if path is None:
         return None
-    if not options.calibrate:
-        raise UsageError(f"--method {method.value} needs a text: add --calibrate FILE")
-    from tritconv.calibration import documents
+    from tritconv.methods.imatrix_file import ImatrixFile
+
+    return ImatrixFile(path)
+
+
+_TOKENS = 65536
+_TOKENS_OF_TUNE = 262144
+
+
+def _calibration(
+    options: ConversionOptions, method: MethodName | None, budget: "Budget | None"
+) -> "CalibrationOptions | None":
+    if method in (MethodName.SEARCH, MethodName.UNIFORM) or options.imatrix is not None:
+        if budget is not None:
+            raise UsageError("--bpw and --target-size need a calibration: leave out --fast, --imatrix and --method")
+        if options.memory is not None:
+            raise UsageError("--memory is for calibrations: leave it out, or leave out --fast, --imatrix and --method")
+        return None
+    from tritconv.calibration import bundled, documents
     from tritconv.calibration.context import CalibrationOptions
     from tritconv.calibration.text import TextOptions
 
-    n_tokens, length = options.calib_tokens or _CALIB_TOKENS[method], options.calib_seq
+    is_tune = method is MethodName.TUNE
+    n_tokens, length = options.calib_tokens or (_TOKENS_OF_TUNE if is_tune else _TOKENS), options.calib_seq
     if n_tokens < length:
         raise UsageError(
             f"--calib-tokens {n_tokens} is less than one sequence of {length} tokens: raise it, or lower --calib-seq"
         )
     memory = None if options.memory is None else _parsed("--memory", options.memory)
-    documents.check(options.calibrate)
+    documents.check(options.calibrate or ())
     cache.check()
-    names = tuple(map(documents.name_of, options.calibrate))
-    read = documents.read(options.calibrate, n_tokens) if is_first_process() else []
+    names = tuple(map(documents.name_of, options.calibrate or ())) or (bundled.NAME,)
+    read: Sequence[documents.Document] = ()
+    if is_first_process():
+        read = documents.read(options.calibrate, n_tokens) if options.calibrate else bundled.documents()
     text = TextOptions(read, names, n_tokens, length, options.seed)
-    return CalibrationOptions(text, options.calib_own, method is Method.TUNE, memory)
+    return CalibrationOptions(text, options.calib_own, is_tune, memory)
 
 
-def _training(options: ConversionOptions, method: Method) -> "TuneOptions | None":
-    if method is not Method.TUNE:
+def _training(options: ConversionOptions, method: MethodName | None) -> "TuneOptions | None":
+    if method is not MethodName.TUNE:
         return None
     from tritconv.methods.tune import TuneOptions
 

@@ -5,22 +5,24 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_VERSION, GGUFValueType, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 import tritconv
-from tritconv.allocate import Budget, FileSize, allocate, check
+from tritconv.allocate import CANDIDATES, Budget, FileSize, Losses, allocate, cheapest_outside, check
 from tritconv.encode import n_bytes
-from tritconv.methods import Method, Quantizer
+from tritconv.methods import Method, MethodName
+from tritconv.methods.imatrix import Imatrix, Importances
 from tritconv.methods.per_tensor import PerTensor
 from tritconv.methods.search import Search
+from tritconv.methods.uniform import Uniform
 from tritconv.plan import Plan, TypeRule
 from tritconv.sources.checkpoint import find_checkpoint
 from tritconv.sources.gguf import open_gguf
-from tritconv.sources.source import Kind, Source, Value
+from tritconv.sources.source import Source, Value
 from tritconv.workers import Workers, all_cores
 from tritconv.writer import Header, Written, file_bytes, write, write_outline
 from tritcore import loads, sizes
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from tritconv.calibration.ranks import Ranks
     from tritconv.methods.tune import TuneOptions
 
+_SHARE_OUTSIDE = 0.02  # of the loss of the layers, that embeddings and output matrix may cost unasked
 _LARGE = 10**9  # bytes of a file whose size is worth a line before the work
 
 # How file names end that say their type: model-F16, model.Q4_K_M
@@ -50,10 +53,11 @@ class Job:
         plan: types by kind of tensor.
         output_path: None stands for `<model>-TRIT<depth>.gguf` in the current folder.
         threads: to compute with; None stands for all cores, or for as many as torch chooses.
-        quantizer: makes blocks, where nothing is calibrated.
         rules: for single tensors, on top of `plan`.
-        calibration: the text and how to use it; gptq then makes the blocks.
-        training: of the layers after gptq; None leaves it at that.
+        method: None for the best one that the machine can afford.
+        imatrix: importances from a file, for `MethodName.IMATRIX`; None: they are measured on the text.
+        calibration: the text and how to use it, for methods that need one.
+        training: of the layers, for `MethodName.TUNE`.
         budget: a size to reach by mixed depth; None leaves the types as planned.
     """
 
@@ -61,11 +65,18 @@ class Job:
     output_path: Path | None = None
     force: bool = False
     threads: int | None = None
-    quantizer: Quantizer = field(default_factory=Search)
     rules: tuple[TypeRule, ...] = ()
+    method: MethodName | None = MethodName.SEARCH
+    imatrix: Importances | None = None
     calibration: "CalibrationOptions | None" = None
     training: "TuneOptions | None" = None
     budget: Budget | None = None
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method calibrates on a text."""
+        is_measured = self.method is MethodName.IMATRIX and self.imatrix is None
+        return is_measured or self.method in (MethodName.GPTQ, MethodName.TUNE)
 
     def output(self, model: str, ranks: "Ranks | None" = None) -> AbstractContextManager[Output | None]:
         """The file to write, for a model of that name; None for a process that only helps the first one.
@@ -115,10 +126,8 @@ def _joined(job: Job) -> "AbstractContextManager[Ranks | None]":
     """This process and those that torchrun has started beside it; None where it is alone. Raises UsageError."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return nullcontext()
-    if job.calibration is None:
-        raise UsageError("several processes can only share a calibration: add --calibrate FILE, or leave out torchrun")
-    if job.training is not None:
-        raise UsageError("--method tune trains in one process: leave out torchrun, or take --method gptq")
+    if job.method is not MethodName.GPTQ:
+        raise UsageError("several processes can only share gptq: add --method gptq, or leave out torchrun")
     from tritconv.calibration.ranks import joined
 
     return joined()
@@ -133,13 +142,7 @@ def _convert(source: Source, output: Output | None, job: Job, ranks: "Ranks | No
         return None
     _check_outline(source, plan, output)
     with Workers(job.threads or all_cores()) as workers, _Bar() as bar:
-        description: Sequence[str] = ()
-        if job.calibration is None:
-            with _status("looking for lattices of trits"):
-                plan = plan.with_lattices(source.tensors)
-            method: Method = PerTensor(job.quantizer)
-        else:
-            plan, method, description = _calibrated(source, plan, budget, job, ranks, bar)
+        plan, method, description = _started(source, plan, budget, job, ranks, bar)
         metadata = {**source.metadata, **_own_metadata(source, plan, method, description)}
         header = Header(source.architecture, metadata, source.tensors, method.methods)
         bar.start(source, plan)
@@ -148,17 +151,79 @@ def _convert(source: Source, output: Output | None, job: Job, ranks: "Ranks | No
     return Written(output.target, size, time.monotonic() - start, stored, method.remarks())
 
 
-def _calibrated(
+def _started(
     source: Source, plan: Plan, budget: Budget | None, job: Job, ranks: "Ranks | None", bar: "_Bar"
 ) -> tuple[Plan, Method, Sequence[str]]:
-    """The plan with types for the size wanted, the method, and a description of the calibration."""
-    from tritconv.methods.gptq import Gptq  # takes seconds to load
+    """The plan with all that the values say, the method, and a description of the calibration, if there is one."""
+    is_free = job.method is None
+    if is_free or not job.needs_text:
+        with _status("looking for lattices of trits"):
+            plan = plan.with_lattices(source.tensors)
+    if is_free:
+        job = _affordable(source, plan, job)
+    elif job.needs_text and job.method is not MethodName.TUNE:
+        note(str(_predicted(source, plan, job)))
+    if job.needs_text:
+        try:
+            context, plan = _context(source, plan, budget, job, ranks)
+        except TritError as error:
+            if not is_free or budget is not None:
+                raise
+            note(f"{error}. So it goes without calibration")
+            job = replace(job, method=MethodName.SEARCH)
+        else:
+            return plan, _calibrated(context, job, bar), context.description
+    return plan, _per_tensor(job), ()
+
+
+def _affordable(source: Source, plan: Plan, job: Job) -> Job:
+    """The job with the best method that the machine can afford. Says which and why."""
+    if plan.lattices and job.budget is None:
+        note("the weights lie on a lattice of trits: the codes are kept, without calibration")
+        return replace(job, method=MethodName.SEARCH)
+    from tritconv import effort
+
+    assert job.calibration is not None
+    text = job.calibration.text
+    found, better = effort.affordable(
+        source, plan, text.length, text.n_tokens, job.threads or all_cores(), calibrates=job.budget is not None
+    )
+    note(str(found) + "".join(f"; {other} (--method {other.method.value})" for other in better[:1]))
+    text = replace(text, n_tokens=found.n_tokens)
+    return replace(job, method=found.method, calibration=replace(job.calibration, text=text))
+
+
+def _predicted(source: Source, plan: Plan, job: Job) -> object:
+    """What the method asked for takes, as text."""
+    from tritconv import effort
+
+    assert job.method is not None
+    assert job.calibration is not None
+    n_tokens = job.calibration.text.n_tokens
+    return effort.predicted(source, plan, job.method, n_tokens, job.threads or all_cores())
+
+
+def _calibrated(context: "Context", job: Job, bar: "_Bar") -> Method:
+    """The method of a job that needs a text."""
+    from tritconv.calibration.importance import TextImportances  # takes seconds to load, as the others do
+    from tritconv.methods.gptq import Gptq
     from tritconv.methods.tune import Tune
 
-    context, plan = _context(source, plan, budget, job, ranks)
-    if job.training is None:
-        return plan, Gptq(context, bar.say), context.description
-    return plan, Tune(context, job.training, bar.say), context.description
+    if job.method is MethodName.GPTQ:
+        return Gptq(context, bar.say)
+    if job.method is MethodName.TUNE:
+        assert job.training is not None
+        return Tune(context, job.training, bar.say)
+    return PerTensor(Imatrix(TextImportances(context, bar.say)))
+
+
+def _per_tensor(job: Job) -> Method:
+    """The method of a job that needs no text."""
+    if job.method is MethodName.UNIFORM:
+        return PerTensor(Uniform())
+    if job.imatrix is not None:
+        return PerTensor(Imatrix(job.imatrix))
+    return PerTensor(Search())
 
 
 def _assist(source: Source, plan: Plan, budget: Budget | None, job: Job, ranks: "Ranks | None") -> None:
@@ -180,12 +245,29 @@ def _context(
     _use_threads(job)
     context = calibration.prepare(source, plan, job.calibration, ranks or ALONE)
     if budget is not None:
-        losses = calibration.sensitivities(context)
-        allocation = allocate(source.tensors, losses, plan, budget)
+        allocation = allocate(source.tensors, _losses(context, CANDIDATES), plan, budget)
         if context.ranks.is_first:
             err.print(allocation.table())
         plan = plan.with_types(allocation.types, source.tensors)
+    elif job.method is not MethodName.IMATRIX and _leaves_outside(plan, source, context):
+        chosen = cheapest_outside(source.tensors, _losses(context, [TRIT_TYPE[plan.depth]]), plan, _SHARE_OUTSIDE)
+        if context.ranks.is_first:
+            note(", ".join(f"{name} in {qtype.name}" for name, qtype in chosen.items()) + ", as that costs little")
+        plan = plan.with_types(chosen, source.tensors)
     return context, plan
+
+
+def _leaves_outside(plan: Plan, source: Source, context: "Context") -> bool:
+    """Whether the types of what lies outside the layers are to be chosen."""
+    return any(plan.is_free(tensor) for tensor in source.tensors if tensor.name in context.outside)
+
+
+def _losses(context: "Context", types: Sequence[GGMLQuantizationType]) -> Losses:
+    """The predicted losses of the tensors that are reached. `types`: those of the layers."""
+    from tritconv.methods.gptq.sensitivity import sensitivities
+
+    with _status("what each type costs") as status:
+        return sensitivities(context, types, getattr(status, "update", lambda _: None))
 
 
 def _use_threads(job: Job) -> None:
@@ -199,9 +281,9 @@ def _use_threads(job: Job) -> None:
 def _checked(budget: Budget, source: Source, plan: Plan) -> Budget:
     """The budget, for a file with all that the source has. Raises UsageError where it cannot be met."""
     if isinstance(budget, FileSize):
-        matrices = [tensor for tensor in source.tensors if tensor.kind is Kind.MATRIX]
+        matrices = [tensor for tensor in source.tensors if tensor.kept_type is None]
         # the longest list of types that there can be
-        longest = plan.with_types({tensor.name: TRIT_TYPE[4] for tensor in matrices}, ())
+        longest = plan.with_types({tensor.name: GGMLQuantizationType.Q8_0 for tensor in matrices}, ())
         header = Header(source.architecture, {**source.metadata, **_list_of_types(source, longest)}, source.tensors, ())
         rest = file_bytes(header, plan) - sum(budget.size(tensor, plan.type_of(tensor)) for tensor in matrices)
         budget = replace(budget, rest=rest)

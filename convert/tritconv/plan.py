@@ -67,6 +67,7 @@ class Plan:
         single: types by the name of the tensor, from the user's rules. They come before all others.
         budgeted: types by name, chosen for a size wanted.
         lattices: depths of the trit lattices that tensors lie on, by name.
+        named: the kinds of tensors whose type the user has named.
     """
 
     depth: int
@@ -76,6 +77,11 @@ class Plan:
     single: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
     budgeted: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
     lattices: Mapping[str, int] = field(default_factory=dict)
+    named: frozenset[Kind] = frozenset()
+
+    def is_free(self, tensor: SourceTensor) -> bool:
+        """Whether the user has named no type for a tensor, so that another one may be chosen."""
+        return tensor.kept_type is None and tensor.name not in self.single and tensor.kind not in self.named
 
     def with_rules(self, rules: Iterable[TypeRule], tensors: Sequence[SourceTensor]) -> "Plan":
         """The plan for `tensors` with rules on top; later ones win.

@@ -36,8 +36,10 @@ class Checkpoints:
         """Keep the input of layer `index`, if the work since the last time was long. Raises TritError."""
         if time.monotonic() - self._last < _WORTH_KEEPING:
             return
-        for batch, (full, quantized) in enumerate(zip(streams.full, streams.quantized, strict=True)):
-            arrays = {"layer": np.array(index), "full": full.get().numpy(), "quantized": quantized.get().numpy()}
+        for batch, full in enumerate(streams.full):
+            arrays = {"layer": np.array(index), "full": full.get().numpy()}
+            if streams.quantized:
+                arrays["quantized"] = streams.quantized[batch].get().numpy()
             self._store.save(batch, arrays, self._kind(self._place))
         self._place = 1 - self._place
         self._last = time.monotonic()
@@ -52,14 +54,14 @@ class Checkpoints:
         self._ranks.sum(found)
         return max((int(layer) for layer in (found == self._ranks.size).nonzero()[:, 0]), default=0)
 
-    def load_streams(self, index: int, n_batches: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The input of layer `index`, of each batch in the full-precision and in the quantized model."""
+    def load_streams(self, index: int, n_batches: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The input of layer `index`, of each batch: in full precision and, if it was kept, in the quantized model."""
         place = next(place for place in (0, 1) if self._layer_of(place, 0) == index)
         self._place = 1 - place
         for batch in range(n_batches):
             arrays = self._store.load(batch, self._kind(place))
             assert arrays is not None
-            yield torch.from_numpy(arrays["full"]), torch.from_numpy(arrays["quantized"])
+            yield tuple(torch.from_numpy(arrays[name]) for name in ("full", "quantized") if name in arrays)
 
     def keep_gradients(self, gradients: Mapping[int, torch.Tensor]) -> None:
         """Keep the gradients for the output of each layer, bfloat16, if the work was long. Raises TritError."""

@@ -1,7 +1,7 @@
 """What every calibration starts from, made once: the model, the matrices that are reached, and the tokens."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tritconv.calibration import memory, own_text, rare_words, sensitivity
+from tritconv.calibration import memory, own_text, rare_words
 from tritconv.calibration.inputs import Inputs, digest_of_files, digest_of_tokens
+from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import BATCH_TOKENS, LayeredModel
+from tritconv.calibration.outputs import n_with_gradients
+from tritconv.calibration.outside import OutsideMatrix
 from tritconv.calibration.ranks import ALONE, Ranks
 from tritconv.calibration.reach import find_reach
-from tritconv.calibration.rows import Place, RowMap
+from tritconv.calibration.rows import OUTSIDE, Place, RowMap
 from tritconv.calibration.store import LayerStore
 from tritconv.calibration.text import TextOptions, hold_out, render, sequences
 from tritconv.encode import n_bytes
@@ -23,12 +26,14 @@ from tritconv.sources.source import Kind, Source
 from tritcore import cache
 from tritcore.console import err, note, share_bar
 from tritcore.errors import TritError
+from tritcore.format import BLOCK_SIZE
 from tritcore.sizes import show
 
 _TRAINED = 20  # bytes for each weight in training: itself, its code, the gradient, and two moments of that
 _PROGRAM = 3 << 28  # bytes of Python, torch and transformers
 _SQUARES = 2  # float32 (n, n), n the longest row of a matrix, that are in memory at a time: the Hessian and its factor
 _BATCH = 6  # activations of a batch that are in memory at a time, as long as the longest row of a matrix
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _COPIES = 6  # float32 copies of the matrices with the same input: weights, aims, and what they are made of
 
 
@@ -55,6 +60,7 @@ class Context:
 
     Attributes:
         maps: where the rows of the tensors that are reached come from, by tensor name.
+        outside: those of them that lie outside the layers, by tensor name.
         tokens: int64 (sequences, length), to calibrate on.
         held_out: int64 (sequences, length), to judge by; none of `tokens` unless there is a single sequence.
         inputs: what every result depends on.
@@ -66,6 +72,7 @@ class Context:
     model: LayeredModel
     source: Source
     maps: Mapping[str, RowMap]
+    outside: Mapping[str, OutsideMatrix]
     tokens: torch.Tensor
     held_out: torch.Tensor
     inputs: Inputs
@@ -101,8 +108,9 @@ class Context:
         kept = sum(n_bytes(t.shape, plan.type_of(t)) for t in mine) + (2 * n_weights if trains else 0)
         streams = 8 * self.tokens.numel() * self.model.width  # float32, of both models
         hidden = streams + 2 * self.tokens.numel() * (_longest_row(self.source) + 6 * self.model.width)
-        needed = _least_memory(self.source, self.tokens.shape[1]) + min(hidden, self.memory)
-        scratch = max(0, hidden - self.memory)
+        needed = least_memory(self.source, self.tokens.shape[1]) + min(hidden, self.memory)
+        of_layer = 2 * n_with_gradients(self.tokens.numel()) * self.model.width  # bfloat16
+        scratch = max(0, hidden - self.memory) + of_layer * self.model.n_layers
         if trains:
             needed = max(needed, _PROGRAM + _TRAINED * n_weights + streams)
         if needed > (there := memory.total()):
@@ -160,9 +168,20 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
         f"seed {seed}",
         model.precision,
     ]
-    free = memory.free() - _least_memory(source, tokens.shape[1])
+    free = memory.free() - least_memory(source, tokens.shape[1])
     budget = max(0, free // 2) if options.memory is None else options.memory
-    return Context(model, source, reach.maps, tokens, held_out, inputs, budget, description, ranks)
+    outside = _outside(source)
+    sizes = {tensor.name: tensor.shape[0] for tensor in source.tensors}
+    maps = dict(reach.maps) | {name: RowMap.whole((OUTSIDE, Matrix(name)), sizes[name]) for name in outside}
+    return Context(model, source, maps, outside, tokens, held_out, inputs, budget, description, ranks)
+
+
+def _outside(source: Source) -> dict[str, OutsideMatrix]:
+    """The token embeddings and the output matrix, by tensor name. Without an output matrix, embeddings are both."""
+    fit = {t.name: t for t in source.tensors if len(t.shape) == 2 and t.shape[1] % BLOCK_SIZE == 0}
+    is_tied = all(tensor.name != _OUTPUT for tensor in source.tensors)
+    roles = {_EMBEDDING: (True, is_tied), _OUTPUT: (False, True)}
+    return {name: OutsideMatrix(*roles[name], fit[name].shape[0]) for name in roles if name in fit}
 
 
 def _read(text: TextOptions, model: LayeredModel) -> tuple[torch.Tensor, int]:
@@ -182,20 +201,6 @@ def _own_text(model: LayeredModel, tokens: torch.Tensor, count: int, seed: int, 
         return own_text.write(model, tokens, count, seed, store, on_tokens)
 
 
-def sensitivities(context: Context) -> sensitivity.Losses:
-    """The predicted losses of the tensors that are reached, in each type. Raises TritError."""
-    store = context.store("sensitivity", matrices=sensitivity.origins(context.maps))
-    with _status("sensitivity") as status:
-        progress: Callable[[str], None] = getattr(status, "update", lambda _: None)
-        if not context.ranks.is_first:
-            return context.ranks.from_first({})
-        return context.ranks.from_first(
-            sensitivity.measure(
-                context.model, context.maps, context.tokens, context.inputs.seed, store, context.memory, progress
-            )
-        )
-
-
 def fitting(text: TextOptions, model: LayeredModel) -> TextOptions:
     """The options with sequences as long as the model takes, at most."""
     if model.longest is None or text.length <= model.longest:
@@ -203,8 +208,13 @@ def fitting(text: TextOptions, model: LayeredModel) -> TextOptions:
     return replace(text, length=model.longest)
 
 
-def _least_memory(source: Source, length: int) -> int:
-    """Bytes that a calibration needs besides hidden states: a layer twice, and statistics of its largest matrix."""
+def least_memory(source: Source, length: int, *, squares: bool = True) -> int:
+    """Bytes that a calibration needs besides hidden states: a layer twice, and statistics of its largest matrix.
+
+    Args:
+        length: tokens of a sequence.
+        squares: whether there are Hessians.
+    """
     layers: dict[str, int] = {}
     largest = 0
     for tensor in source.tensors:
@@ -215,7 +225,7 @@ def _least_memory(source: Source, length: int) -> int:
     longest = _longest_row(source)
     weights = 2 * max(layers.values(), default=0) + _COPIES * largest
     batch = max(BATCH_TOKENS, length) * _BATCH * longest
-    return _PROGRAM + 4 * (weights + _SQUARES * longest**2 + length**2 + batch)
+    return _PROGRAM + 4 * (weights + squares * _SQUARES * longest**2 + length**2 + batch)
 
 
 def _longest_row(source: Source) -> int:

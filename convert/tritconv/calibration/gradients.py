@@ -13,6 +13,7 @@ import torch
 
 from tritconv.calibration.matrices import Matrix, Product, Recorder
 from tritconv.calibration.model import LayeredModel, batches
+from tritconv.calibration.outside import OutsideMoments
 from tritconv.calibration.scratch import Scratch
 
 Progress = Callable[[str], None]  # called before each step with its description
@@ -53,6 +54,7 @@ def gradients(
     choose: ChooseMatrices,
     progress: Progress,
     scratch: Scratch,
+    moments: OutsideMoments | None = None,
 ) -> Iterator[LayerGradients]:
     """One pass through the layers and one back, the last layer first. Memory holds one layer.
 
@@ -61,16 +63,17 @@ def gradients(
         draws: the labels, as `draw` has them.
         choose: the matrices of a layer whose products are wanted.
         scratch: takes the input of each layer, in bfloat16: the gradients are noise beyond its digits.
+        moments: get what there is outside the layers.
     """
     progress("embeddings")
     hidden = model.embed(tokens)
     inputs = []
     for index in range(model.n_layers):
         progress(f"gradients: forward, layer {index + 1}/{model.n_layers}")
-        inputs.append(scratch.keep(hidden.bfloat16()))
+        inputs.append(scratch.keep(hidden.bfloat16(), for_long=True))
         hidden = model.run_all(index, model.working_copy(index), hidden)
     progress("gradients: predictions")
-    upstream = model.label_gradients(hidden, draws)
+    upstream = model.label_gradients(hidden, draws, moments)
     for index in reversed(range(model.n_layers)):
         progress(f"gradients: back, layer {index + 1}/{model.n_layers}")
         layer = model.working_copy(index)
@@ -79,6 +82,8 @@ def gradients(
         kept.release()
         yield LayerGradients(index, layer, upstream, products)
         upstream = downstream
+    if moments is not None:
+        moments.add_gradients(upstream.flatten(0, 1))
 
 
 def _go_back(

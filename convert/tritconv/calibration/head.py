@@ -7,10 +7,15 @@ import torch
 
 Logits = Callable[[torch.Tensor], torch.Tensor]  # of hidden states
 OpenChunk = Callable[[range], AbstractContextManager[Logits]]  # for a range of the vocabulary
+OnPredictions = Callable[[range, torch.Tensor], None]  # that range, and probabilities float32 (tokens, rows)
 
 
 def label_gradients(
-    open_chunk: OpenChunk, hidden: torch.Tensor, chunks: Sequence[range], draws: torch.Tensor
+    open_chunk: OpenChunk,
+    hidden: torch.Tensor,
+    chunks: Sequence[range],
+    draws: torch.Tensor,
+    on_predictions: OnPredictions,
 ) -> torch.Tensor:
     """The gradients of -log p(label), labels drawn from the predictions.
 
@@ -23,6 +28,7 @@ def label_gradients(
         hidden: float32 (sequences, length, width).
         chunks: of the vocabulary, in order.
         draws: (sequences, length), uniform in 0 .. 1: the labels' places in the cumulative distributions.
+        on_predictions: called for each sequence and chunk, after the logits have been computed.
 
     Returns:
         float32 (sequences, length, width).
@@ -42,21 +48,22 @@ def label_gradients(
                 values = found.detach()[0]
                 if len(chunks) == 1:
                     sums[i, :, 0] = values.logsumexp(dim=-1)
-                gradient = _of_logits(values, sums[i], draws[i], number)
+                gradient = (values - sums[i].logsumexp(dim=-1, keepdim=True)).exp_()
+                on_predictions(chunk, gradient)
+                _take_labels(gradient, sums[i], draws[i], number)
                 out[i] += torch.autograd.grad(found, part, gradient[None])[0][0]
     return out
 
 
-def _of_logits(values: torch.Tensor, sums: torch.Tensor, draws: torch.Tensor, number: int) -> torch.Tensor:
-    """The gradients for the logits of a chunk: the predictions, less one where the label is.
+def _take_labels(gradient: torch.Tensor, sums: torch.Tensor, draws: torch.Tensor, number: int) -> None:
+    """Make gradients for the logits of a chunk of its predictions: one less where the label is.
 
     Args:
-        values: (tokens, rows), the logits.
+        gradient: (tokens, rows), the probabilities.
         sums: (tokens, chunks), of the exponentials of each chunk, their logarithms.
         draws: (tokens,), in 0 .. 1, the labels' places in the cumulative distribution.
         number: of the chunk.
     """
-    gradient = (values - sums.logsumexp(dim=-1, keepdim=True)).exp_()
     ends = sums.softmax(dim=-1).cumsum(dim=-1)
     draws = draws[:, None] * ends[:, -1:]
     mine = torch.searchsorted(ends, draws, right=False)[:, 0].clamp_(max=ends.shape[1] - 1) == number
@@ -64,6 +71,5 @@ def _of_logits(values: torch.Tensor, sums: torch.Tensor, draws: torch.Tensor, nu
         before = ends[mine, number - 1 : number] if number else torch.zeros(int(mine.sum()), 1)
         share = (draws[mine] - before) / (ends[mine, number : number + 1] - before)
         within = gradient[mine].cumsum(dim=-1)
-        labels = torch.searchsorted(within, share.clamp_(0, 1) * within[:, -1:]).clamp_(max=values.shape[1] - 1)
+        labels = torch.searchsorted(within, share.clamp_(0, 1) * within[:, -1:]).clamp_(max=gradient.shape[1] - 1)
         gradient[mine.nonzero()[:, 0], labels[:, 0]] -= 1
-    return gradient

@@ -4,7 +4,7 @@ An embedding is lent the rows that its tokens need; the output matrix is lent a 
 matrix of the size of the vocabulary is ever in memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,20 +19,28 @@ _CHUNK_BYTES = 1 << 27  # of a large matrix, in float32
 
 _DEVICE = torch.Tensor.device.__get__
 
+ReadRows = Callable[[Sequence[int]], torch.Tensor]
+
 
 class Lender(TorchFunctionMode):
     """Within its context, operations get float32 values for parameters on the meta device.
 
     Attributes:
         rows: the rows of the output matrix that are multiplied by; None for all of them.
+        head_inputs: what the output matrix was multiplied by last.
+        embeddings: what reads rows of the token embeddings, float32; None reads those of the checkpoint.
+        outputs: the same for the output matrix.
     """
 
-    def __init__(self, parameters: Parameters, names: Mapping[torch.Tensor, str], head: torch.Tensor) -> None:
+    def __init__(
+        self, parameters: Parameters, names: Mapping[torch.Tensor, str], head: torch.Tensor, embedding: torch.Tensor
+    ) -> None:
         """Prepare.
 
         Args:
             names: of parameters on the meta device.
             head: the output matrix.
+            embedding: the token embeddings.
         """
         super().__init__()
         self._parameters = parameters
@@ -40,7 +48,11 @@ class Lender(TorchFunctionMode):
         self._held = list(names)  # so that nothing else gets one of these numbers
         self._kept: dict[str, torch.Tensor] = {}
         self._head = id(head)
+        self._token_embeddings = id(embedding)
         self.rows: range | None = None
+        self.head_inputs: torch.Tensor | None = None
+        self.embeddings: ReadRows | None = None
+        self.outputs: ReadRows | None = None
         self._open: torch.Tensor | None = None  # those rows
 
     def add(self, parameter: torch.Tensor, name: str, is_head: bool) -> None:
@@ -100,12 +112,15 @@ class Lender(TorchFunctionMode):
     def _embedding(self, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The rows of a matrix."""
         needed, places = ids.unique(return_inverse=True)
+        if self.embeddings is not None and id(weight) == self._token_embeddings:
+            return embedding(places, self.embeddings(needed.tolist()))
         rows = self._parameters.rows(self._names[id(weight)], needed.tolist()).float()
         return embedding(places, rows)
 
     def _product(self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with the output matrix, or with some of its rows."""
         bias = self._lend(bias)
+        self.head_inputs = x.detach()
         if self.rows is not None:
             if self._open is None:
                 self._open = self._rows(weight, self.rows)
@@ -118,6 +133,8 @@ class Lender(TorchFunctionMode):
 
     def _rows(self, weight: torch.Tensor, rows: range) -> torch.Tensor:
         """Rows of the output matrix, in the type to multiply in where that is the type of the files."""
+        if self.outputs is not None:
+            return self.outputs(rows)
         name = self._names.get(id(weight))
         values = weight[rows.start : rows.stop] if name is None else self._parameters.rows(name, rows)
         return values if torch.is_autocast_enabled("cpu") else values.float()

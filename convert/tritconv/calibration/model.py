@@ -18,7 +18,8 @@ import torch
 from tritconv.calibration import memory
 from tritconv.calibration.head import label_gradients
 from tritconv.calibration.inputs import Machinery
-from tritconv.calibration.lender import Lender, rows_of_chunk
+from tritconv.calibration.lender import Lender, ReadRows, rows_of_chunk
+from tritconv.calibration.outside import OutsideMoments
 from tritconv.calibration.pretrained import INSTEAD, load
 from tritconv.calibration.stored import Spill
 from tritcore import child
@@ -81,7 +82,7 @@ class LayeredModel:
         self._calls: list[_Call] = []
         # hidden states in what a layer returns, a tuple or not, as the last one that was run did; None before
         self._returned: Callable[[torch.Tensor], Any] | None = None
-        self._precision = _fast_precision(self.device)
+        self._precision = fast_precision(self.device)
 
     @property
     def precision(self) -> str:
@@ -159,7 +160,8 @@ class LayeredModel:
                 names[stand_in] = name
             module, _, own = name.rpartition(".")
             self._model.get_submodule(module)._parameters[own] = stand_in
-        return Lender(self._parameters, names, self._model.get_output_embeddings().weight)
+        head, embedding = self._model.get_output_embeddings().weight, self._model.get_input_embeddings().weight
+        return Lender(self._parameters, names, head, embedding)
 
     @property
     def has_tied_head(self) -> bool:
@@ -187,16 +189,26 @@ class LayeredModel:
         self._parameters.take(own, self._spill.add(values.to(dtype)))
         self._lender.add(head.weight, own, is_head=True)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output matrix."""
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    def embed(self, tokens: torch.Tensor, embeddings: ReadRows | None = None) -> torch.Tensor:
         """What the first layer is given. What layers are given besides is that of the first sequence from now on.
 
         Args:
             tokens: int64 (sequences, length).
+            embeddings: reads rows of other token embeddings, float32; None: the model has its own.
 
         Returns:
             float32 (sequences, length, width).
         """
-        return torch.cat(list(self.embed_each(tokens)))
+        self._lender.embeddings = embeddings
+        try:
+            return torch.cat(list(self.embed_each(tokens)))
+        finally:
+            self._lender.embeddings = None
 
     def embed_each(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """As `embed`, one sequence at a time: float32 (1, length, width)."""
@@ -365,21 +377,30 @@ class LayeredModel:
                 f"{self.precision}"
             )
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, outputs: ReadRows | None = None) -> torch.Tensor:
         """What the model makes of the last layer's output (sequences, length, width), with gradients.
+
+        Args:
+            outputs: reads rows of another output matrix, float32; None: the model has its own.
 
         Returns:
             float32 (sequences, length, vocabulary).
         """
         if self.longest is not None and hidden.shape[1] > self.longest:
-            return torch.cat([self.logits(part) for part in hidden.split(self.longest, dim=1)], dim=1)
+            return torch.cat([self.logits(part, outputs) for part in hidden.split(self.longest, dim=1)], dim=1)
         returned = self._returned
         assert returned is not None
-        with self.autocast("cpu"):  # the model's own path from the layers to the logits, with the layers skipped
-            out = self._run_model(lambda *_: returned(hidden), torch.is_grad_enabled(), inputs_embeds=hidden)
-            return out.logits.float()
+        self._lender.outputs = outputs
+        try:
+            with self.autocast("cpu"):  # the model's own path from the layers to the logits, with the layers skipped
+                out = self._run_model(lambda *_: returned(hidden), torch.is_grad_enabled(), inputs_embeds=hidden)
+                return out.logits.float()
+        finally:
+            self._lender.outputs = None
 
-    def label_gradients(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    def label_gradients(
+        self, hidden: torch.Tensor, draws: torch.Tensor, moments: OutsideMoments | None = None
+    ) -> torch.Tensor:
         """The gradients of -log p(label) for the last layer's output, labels drawn from the model's predictions.
 
         The memory that it takes does not depend on the vocabulary, except where `head_in_chunks` is False.
@@ -387,14 +408,22 @@ class LayeredModel:
         Args:
             hidden: the last layer's output, float32 (sequences, length, width), on the CPU.
             draws: (sequences, length), uniform in 0 .. 1: they choose the labels.
+            moments: get the predictions.
 
         Returns:
             float32, of the same shape.
         """
+
+        def on_predictions(rows: range, p: torch.Tensor) -> None:
+            if moments is not None:
+                x = self._lender.head_inputs
+                assert x is not None
+                moments.add_predictions(rows, x.reshape(-1, x.shape[-1]).float(), p)
+
         vocabulary, width = self._model.get_output_embeddings().weight.shape
         rows = rows_of_chunk(max(width, hidden.shape[1])) if self.head_in_chunks else vocabulary
         chunks = [range(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
-        return label_gradients(self._chunk, hidden, chunks, draws)
+        return label_gradients(self._chunk, hidden, chunks, draws, on_predictions)
 
     @contextmanager
     def _chunk(self, rows: range) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -435,7 +464,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _fast_precision(device: torch.device) -> torch.dtype:
+def fast_precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the machine multiplies it faster than float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32

@@ -9,18 +9,24 @@ from tritconv.calibration.gradients import Progress, draw, gradients, stride
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.moments import add_squares, complete
+from tritconv.calibration.outside import OutsideMoments
 from tritconv.calibration.ranks import Ranks
 from tritconv.calibration.scratch import Kept, Scratch
 
 # The share of the text that gradients are taken of: a token takes three times as long as in the forward pass alone.
 _SHARE = 4  # a quarter
 _MOST_TOKENS = 8192
-_MOST_ROWS = 2048  # of a block of the moments: the rest of a larger matrix is taken as independent
+MOST_ROWS = 2048  # of a block of the moments: the rest of a larger matrix is taken as independent
+
+
+def n_with_gradients(n_tokens: int) -> int:
+    """About how many of so many tokens gradients are taken of."""
+    return min(n_tokens // _SHARE, _MOST_TOKENS)
 
 
 def some_sequences(tokens: torch.Tensor) -> list[int]:
     """The numbers of the sequences of int64 (sequences, length) that gradients are taken of."""
-    return list(range(0, len(tokens), stride(tokens, min(tokens.numel() // _SHARE, _MOST_TOKENS))))
+    return list(range(0, len(tokens), stride(tokens, n_with_gradients(tokens.numel()))))
 
 
 class UpstreamGradients:
@@ -35,6 +41,7 @@ class UpstreamGradients:
         scratch: Scratch,
         checkpoints: Checkpoints,
         first: int,
+        moments: OutsideMoments | None,
         progress: Progress,
     ) -> None:
         """Pass through all layers and back, unless that was kept.
@@ -45,18 +52,19 @@ class UpstreamGradients:
             seed: of the labels whose loss it is.
             scratch: keeps the gradients, in bfloat16: they are noise beyond its digits.
             first: the first layer whose gradients will be asked for.
+            moments: get what there is outside the layers: then what was kept does not do.
         """
         self._sizes = [len(batch) for batch in batches]
         self._kept: dict[int, Kept] = {}
-        known = checkpoints.load_gradients(first)
+        known = checkpoints.load_gradients(first) if moments is None else None
         if known is not None:
-            self._kept = {index: scratch.keep(values) for index, values in known.items()}
+            self._kept = {index: scratch.keep(values, for_long=True) for index, values in known.items()}
             return
         chosen = [number for batch in batches for number in batch]
         if chosen:
             draws = draw(tokens, seed)[chosen]
-            for found in gradients(model, tokens[chosen], draws, lambda *_: (), progress, scratch):
-                self._kept[found.index] = scratch.keep(found.upstream.bfloat16())
+            for found in gradients(model, tokens[chosen], draws, lambda *_: (), progress, scratch, moments):
+                self._kept[found.index] = scratch.keep(found.upstream.bfloat16(), for_long=True)
         checkpoints.keep_gradients({index: kept.get() for index, kept in self._kept.items()})
 
     def take(self, index: int) -> dict[int, torch.Tensor]:
@@ -82,7 +90,7 @@ class OutputMoments:
 
     def add(self, matrix: Matrix, g: torch.Tensor) -> None:
         """Add gradients (tokens, rows) of a matrix."""
-        parts = g.tensor_split(-(-g.shape[1] // _MOST_ROWS), dim=1)
+        parts = g.tensor_split(-(-g.shape[1] // MOST_ROWS), dim=1)
         for block, part in zip(self._of(matrix, g.shape[1], g.device), parts, strict=True):
             add_squares(block, part)
 
@@ -95,6 +103,6 @@ class OutputMoments:
 
     def _of(self, matrix: Matrix, n_rows: int, device: torch.device) -> list[torch.Tensor]:
         if matrix not in self.blocks:
-            sizes = [len(part) for part in torch.arange(n_rows).tensor_split(-(-n_rows // _MOST_ROWS))]
+            sizes = [len(part) for part in torch.arange(n_rows).tensor_split(-(-n_rows // MOST_ROWS))]
             self.blocks[matrix] = [torch.zeros(size, size, device=device) for size in sizes]
         return self.blocks[matrix]

@@ -28,7 +28,8 @@ class Streams:
 
     Attributes:
         batches: the numbers of the sequences of each batch, this process's share of the text.
-        full, quantized: of each batch: float32 (sequences, length, width).
+        full, quantized: of each batch: float32 (sequences, length, width). Nothing is quantized for a method that
+            needs the full-precision model alone.
     """
 
     def __init__(self, scratch: Scratch, batches: Sequence[Sequence[int]]) -> None:
@@ -38,11 +39,11 @@ class Streams:
         self.full: list[Kept] = []
         self.quantized: list[Kept] = []
 
-    def start(self, inputs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Take the input of a layer, of each batch: in full precision and quantized."""
-        for full, quantized in inputs:
+    def start(self, inputs: Iterable[tuple[torch.Tensor, ...]]) -> None:
+        """Take the input of a layer, of each batch: in full precision and, if wanted, quantized."""
+        for full, *quantized in inputs:
             self.full.append(self.scratch.keep(full))
-            self.quantized.append(self.scratch.keep(quantized))
+            self.quantized += map(self.scratch.keep, quantized)
 
     def replace(self, stream: list[Kept], batch: int, hidden: torch.Tensor) -> None:
         """Put other hidden states in the place of a batch."""

@@ -14,6 +14,8 @@ import torch
 
 from tritconv.calibration.matrices import Matrix
 
+OUTSIDE = -1  # in place of a layer's number, for matrices that lie outside the layers
+
 Place = tuple[int, Matrix]  # the number of a layer, and a matrix of it
 
 
@@ -30,6 +32,11 @@ class RowMap:
     places: list[Place]
     place: np.ndarray
     row: np.ndarray
+
+    @staticmethod
+    def whole(place: Place, n_rows: int) -> "RowMap":
+        """Of a tensor that is a matrix as it is."""
+        return RowMap([place], np.broadcast_to(np.int32(0), n_rows), np.arange(n_rows, dtype=np.int32))
 
     def gather(self, data: Mapping[Place, np.ndarray]) -> np.ndarray:
         """The tensor's rows, (rows, n), of what is given for the rows of each matrix, (rows of the matrix, n)."""

@@ -39,7 +39,7 @@ class Kept:
 
 
 class Scratch:
-    """Room for tensors. The first ones are in memory, until they take the budget; all later ones are in a file.
+    """Room for tensors. They are in memory until they take the budget, else in a file.
 
     Each in memory is a mapping of its own, so a released one goes back to the system at once. Among the short-lived
     tensors of the heap, what is kept would leave holes that the heap can neither fill nor give back.
@@ -62,14 +62,21 @@ class Scratch:
         self._end = 0
         self._holes: dict[int, list[int]] = defaultdict(list)  # offsets of free places, by their bytes
 
-    def keep(self, values: torch.Tensor) -> Kept:
-        """Keep a tensor of any device. Raises TritError."""
+    def keep(self, values: torch.Tensor, *, for_long: bool = False) -> Kept:
+        """Keep a tensor of any device.
+
+        Args:
+            for_long: whether it is needed much later than others: then it is in the file in any case.
+
+        Raises:
+            TritError: the file cannot be written.
+        """
         values = values.detach()
         self._until_given_back -= values.nbytes
         if self._until_given_back <= 0:
             memory.give_back()
             self._until_given_back = _GIVE_BACK
-        if self._in_memory + values.nbytes <= self._budget:
+        if not for_long and self._in_memory + values.nbytes <= self._budget:
             self._in_memory += values.nbytes
             return Kept(self, _mapped(values), None)
         values = values.contiguous().cpu()

@@ -112,7 +112,12 @@ def _rendered(document: Document, tokenizer: Any) -> Text:
         if document.text:
             return Text(document.text)
         raise TritError(f"{document.place} holds messages, and the model has no chat template: give text")
-    return Text(_by_template(document, tokenizer), control=True)
+    try:
+        return Text(_by_template(document, tokenizer), control=True)
+    except TritError:
+        if document.text:
+            return Text(document.text)
+        raise
 
 
 def _by_template(document: Document, tokenizer: Any) -> str:

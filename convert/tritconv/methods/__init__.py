@@ -5,6 +5,7 @@ Every method is an iterator: it takes a source and a plan, and yields the tensor
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,16 @@ import numpy as np
 from tritconv.plan import Plan
 from tritconv.sources.source import Source, SourceTensor
 from tritconv.workers import Workers
+
+
+class MethodName(str, Enum):
+    """The methods that a user can ask for."""
+
+    SEARCH = "search"
+    IMATRIX = "imatrix"
+    UNIFORM = "uniform"
+    GPTQ = "gptq"
+    TUNE = "tune"
 
 
 @dataclass(frozen=True)

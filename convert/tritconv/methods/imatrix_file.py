@@ -1,4 +1,4 @@
-"""The `imatrix` method: the search, weighted by what llama-imatrix measured: the mean square of each input."""
+"""Importances that llama-imatrix measured: the mean square of each input of a matrix."""
 
 import math
 import struct
@@ -10,14 +10,11 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from tritconv.sources.source import SourceTensor
-from tritconv.workers import Chunk, Workers
-from tritcore import encoder
 from tritcore.console import one_line
 from tritcore.errors import TritError
 from tritcore.gguf_header import ModelFile, Tensor, read_model_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_MOST_LISTED = 8
 _ADVICE = "make it again with llama-imatrix"
 
 # Of the old format: beyond what any model has, as a sparse file may claim any size.
@@ -127,29 +124,18 @@ def _damaged(model: ModelFile, name: str, what: str) -> TritError:
     return TritError(f"{model.path}: damaged: {name}: {what}; {_ADVICE}")
 
 
-class Imatrix:
-    """The search, weighted by the importance of each column. Without it, matrices go by the plain search."""
-
-    name = "imatrix"
+class ImatrixFile:
+    """The importances of a file."""
 
     def __init__(self, path: Path) -> None:
+        """Read them. Raises TritError as `read_imatrix`."""
         self._path = path
         self._importance = read_imatrix(path)
-        self._missing: list[str] = []
-        self._unseen: list[str] = []
 
-    def quantize(self, tensor: SourceTensor, values: np.ndarray, depth: int, workers: Workers) -> np.ndarray:
-        importance = self._importance_of(tensor)
-
-        def blocks(chunk: Chunk) -> np.ndarray:
-            return encoder.quantize(chunk.rows, depth, None if importance is None else importance[chunk.matrix])
-
-        return np.concatenate(workers.map(blocks, values))
-
-    def _importance_of(self, tensor: SourceTensor) -> np.ndarray | None:
+    def of(self, tensor: SourceTensor) -> np.ndarray | None:
+        """As `Importances.of` has it."""
         importance = self._importance.get(tensor.name)
         if importance is None:
-            self._missing.append(tensor.name)
             return None
         wanted = (math.prod(tensor.shape[:-2]), tensor.shape[-1])
         if importance.shape == (1, math.prod(wanted)):  # of the old format
@@ -159,24 +145,8 @@ class Imatrix:
                 f"{self._path} is of another model: it has {_size(importance.shape)} importances for {tensor.name}, "
                 f"which needs {_size(wanted)}"
             )
-        unseen = int((importance == 1).all(axis=1).sum())
-        if unseen:
-            self._unseen.append(f"{unseen} of {len(importance)} in {tensor.name}")
         return importance
-
-    def remarks(self) -> list[str]:
-        remarks = []
-        if self._missing:
-            remarks.append(f"without importances, so by plain search: {_listed(self._missing)}")
-        if self._unseen:
-            remarks.append(f"experts that saw no token, so all columns alike: {_listed(self._unseen)}")
-        return remarks
 
 
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - _MOST_LISTED} more" if len(items) > _MOST_LISTED else ""
-    return ", ".join(items[:_MOST_LISTED]) + more

@@ -19,13 +19,17 @@ from torch.nn.functional import kl_div
 
 from tritconv.calibration.context import Context
 from tritconv.calibration.inputs import digest_of_tokens
+from tritconv.calibration.lender import ReadRows
+from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.outside import OutsideMatrix
 from tritconv.calibration.reach import GgufNames
-from tritconv.calibration.rows import Place
+from tritconv.calibration.rows import OUTSIDE, Place
 from tritconv.calibration.store import LayerStore
 from tritconv.methods import Finished
 from tritconv.methods.gptq import Say, gathered, layer_quantizer
 from tritconv.methods.gptq.layers import Depths
+from tritconv.methods.gptq.outside import reader
 from tritconv.methods.per_tensor import PerTensor
 from tritconv.methods.search import Search
 from tritconv.plan import Plan
@@ -169,6 +173,7 @@ class Tune:
         unpacked = {
             place: unpack(depths[place], data.reshape(-1, BYTES_PER_BLOCK[depths[place]]))
             for place, data in blocks.items()
+            if place[0] != OUTSIDE
         }
         for (index, matrix), made in unpacked.items():
             weights = matrix.of(layers[index])
@@ -187,7 +192,9 @@ class Tune:
         def on_step(done: int, total: int) -> None:
             self._say(f"training, step {done}/{total}")
 
-        return tune(model, layers, latents, norms, context.tokens, context.held_out, self._options, on_step, on_epoch)
+        outside = Outside.of(context.outside, depths, blocks)
+        texts = context.tokens, context.held_out
+        return tune(model, layers, latents, norms, outside, *texts, self._options, on_step, on_epoch)
 
 
 def _tell(epoch: int, loss: float, losses: Sequence[float]) -> None:
@@ -212,6 +219,25 @@ def _norms(model: LayeredModel, source: Source) -> dict[NormPlace, str]:
                 if stored.dtype.kind == "f" and np.array_equal(stored, values.detach().float().cpu().numpy()):
                     found[number, parameter] = name
     return found
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What reads rows of the quantized embeddings and output matrix; None where the model's own are meant."""
+
+    embeddings: ReadRows | None = None
+    outputs: ReadRows | None = None
+
+    @staticmethod
+    def of(matrices: Mapping[str, OutsideMatrix], depths: Depths, blocks: Mapping[Place, np.ndarray]) -> "Outside":
+        """Of tensors by name, as far as there are blocks of them."""
+        found: dict[str, ReadRows] = {}
+        for name, about in matrices.items():
+            if (place := (OUTSIDE, Matrix(name))) in blocks:
+                rows = reader(blocks[place], depths[place])
+                found |= {"embeddings": rows} if about.is_embedding else {}
+                found |= {"outputs": rows} if about.is_output else {}
+        return Outside(**found)
 
 
 class Latent:
@@ -251,6 +277,7 @@ def tune(
     layers: Sequence[torch.nn.Module],
     latents: Mapping[Place, Latent],
     norms: Collection[NormPlace],
+    outside: Outside,
     tokens: torch.Tensor,
     held_out: torch.Tensor,
     options: TuneOptions,
@@ -264,14 +291,15 @@ def tune(
         layers: its layers, as gptq leaves them, on the model's device; they are trained in place.
         latents: their matrices.
         norms: the parameters to train besides.
+        outside: the rest of the trained model; it stays as it is.
         tokens: int64 (sequences, length), to train on.
         held_out: the same, to judge by; gptq should not have seen them.
 
     Returns:
         The layers of the best epoch, which may be the start.
     """
-    training = _Training(model, layers, latents, norms)
-    text, unseen = _Text.read(model, tokens), _Text.read(model, held_out)
+    training = _Training(model, layers, latents, norms, outside)
+    text, unseen = (_Text.read(model, some, outside.embeddings) for some in (tokens, held_out))
     batch = max(1, _STEP_TOKENS // tokens.shape[1])
     steps = options.epochs * math.ceil(len(tokens) / batch)
     optimizer = torch.optim.Adam(
@@ -339,20 +367,22 @@ def _rate(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class _Text:
-    """Sequences, as a model in full precision has them.
+    """Sequences.
 
     Attributes:
-        first: what its first layer is given, (sequences, length, width), on the CPU.
-        last: what its last layer puts out, the same.
+        first: what the first layer in training is given, (sequences, length, width), on the CPU.
+        last: what the last layer of the full-precision model puts out, the same.
     """
 
     first: torch.Tensor
     last: torch.Tensor
 
     @staticmethod
-    def read(model: LayeredModel, tokens: torch.Tensor) -> "_Text":
-        """Of int64 (sequences, length)."""
+    def read(model: LayeredModel, tokens: torch.Tensor, embeddings: ReadRows | None) -> "_Text":
+        """Of int64 (sequences, length). `embeddings`: of the model in training."""
         first = last = model.embed(tokens)
+        if embeddings is not None:
+            first = model.embed(tokens, embeddings)
         for index in range(model.n_layers):
             last = model.run_all(index, model.working_copy(index), last)
         return _Text(first, last)
@@ -384,8 +414,10 @@ class _Training:
         layers: Sequence[torch.nn.Module],
         latents: Mapping[Place, Latent],
         norms: Collection[NormPlace],
+        outside: Outside,
     ) -> None:
         self._model = model
+        self._outputs = outside.outputs
         self._layers = layers
         self._latents = latents
         self._weights = {(i, matrix): layers[i].get_parameter(matrix.name) for i, matrix in latents}
@@ -409,7 +441,7 @@ class _Training:
         upstream = torch.empty_like(flat)
         for part, right in text.logits(self._model):
             inputs = flat[part].requires_grad_()
-            logits = self._model.logits(inputs[None])
+            logits = self._model.logits(inputs[None], self._outputs)
             gradient = logits.detach().softmax(dim=-1).sub_(right.softmax(dim=-1)).div_(len(flat))
             (upstream[part],) = torch.autograd.grad(logits, inputs, gradient)
         out.backward(upstream.view(out.shape).to(out.device))
@@ -426,7 +458,7 @@ class _Training:
             for one in map(text.some, numbers.split(1)):
                 flat = self._run(one).cpu().flatten(0, 1)
                 for part, right in one.logits(self._model):
-                    ours = self._model.logits(flat[None, part]).log_softmax(dim=-1)
+                    ours = self._model.logits(flat[None, part], self._outputs).log_softmax(dim=-1)
                     total += float(kl_div(ours, right.log_softmax(dim=-1), log_target=True, reduction="sum"))
         return total / text.first[..., 0].numel()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tritconv.calibration.context import Context
 from tritconv.calibration.matrices import Matrix
-from tritconv.calibration.rows import Place, RowMap
+from tritconv.calibration.rows import OUTSIDE, Place, RowMap
 from tritconv.methods import Finished
 from tritconv.methods.gptq.layers import Depths, FinishedLayer, LayerQuantizer
 from tritconv.methods.per_tensor import PerTensor
@@ -59,6 +59,8 @@ class Gptq:
                 layer = None  # before the next one is made
                 layer = next(layers)
                 self._remarks += layer.remarks
+            if layer.index > index:  # the output matrix comes after the layers
+                layer = quantizer.finished(index)
             methods = {matrix: "search" if matrix in layer.searched else self.name for matrix in layer.blocks}
             blocks, method = gathered(rows, {(index, m): data for m, data in layer.blocks.items()}, _of(index, methods))
             if blocks is None:
@@ -82,8 +84,13 @@ def layer_quantizer(context: Context, plan: Plan, depths: Depths, *, keep_offset
     matrices = tuple((f"{index} {matrix}", depth) for (index, matrix), depth in depths.items())
     store = context.store("layers", matrices=matrices)
     context.check_room(plan, store, trains=keep_offsets)
+    outside = {
+        matrix: (context.outside[tensor.name], tensor.load)
+        for tensor in context.source.tensors
+        if tensor.name in context.outside and (OUTSIDE, matrix := Matrix(tensor.name)) in depths
+    }
     return LayerQuantizer(
-        context.model, depths, store, context.inputs.seed, context.memory, keep_offsets, context.ranks
+        context.model, depths, store, context.inputs.seed, context.memory, keep_offsets, context.ranks, outside
     )
 
 

@@ -18,23 +18,27 @@ from tritconv.calibration.matrices import Matrix, stages
 from tritconv.calibration.model import LayeredModel, batches
 from tritconv.calibration.moments import Moments
 from tritconv.calibration.outputs import OutputMoments, UpstreamGradients, some_sequences
+from tritconv.calibration.outside import OutsideMatrix, OutsideMoments
 from tritconv.calibration.passes import FullPass, QuantizedPass, Streams, adds_to_output
 from tritconv.calibration.ranks import ALONE, Ranks
-from tritconv.calibration.rows import Place
+from tritconv.calibration.rows import OUTSIDE, Place
 from tritconv.calibration.scratch import Scratch
 from tritconv.calibration.store import LayerStore
 from tritconv.methods.gptq.columns import ColumnLoop
 from tritconv.methods.gptq.matrix import Solver
+from tritconv.methods.gptq.outside import quantize_outside, reader
 from tritcore import encoder
 from tritcore.codec import pack, unpack
 from tritcore.errors import NotFiniteError, RangeError, TritError
 from tritcore.format import BYTES_PER_BLOCK
 
 _LEAST_TOKENS = 256  # below that, an expert's Hessian says too little about its inputs
+_OUTSIDE = "outside"  # the kind, in the store, of what lies outside the layers
 _OFFSET = "offset:"  # before the name of a matrix, in the store
 _NOTES = "notes:"  # JSON in the store: the names of matrices that were `searched`, and `remarks`
 
 Depths = Mapping[Place, int]  # trits per weight of the matrices to quantize
+Outside = Mapping[Matrix, tuple[OutsideMatrix, Callable[[], np.ndarray]]]  # with what loads the values (rows, n)
 
 OnLayer = Callable[[int, str], None]  # the number of a layer, and the part of it that begins
 
@@ -44,6 +48,7 @@ class FinishedLayer:
     """A quantized layer.
 
     Attributes:
+        index: of the layer, or `OUTSIDE`.
         blocks: of its matrices: uint8 (rows, bytes per row). A matrix that its type cannot hold has none.
         offsets: float16 (rows, n): of those that gptq quantized, as `Rounded` has them. Empty unless asked for.
         searched: the matrices that went by weighted search.
@@ -69,11 +74,13 @@ class LayerQuantizer:
         memory: int,
         keep_offsets: bool = False,
         ranks: Ranks = ALONE,
+        outside: Outside | None = None,
     ) -> None:
         """Prepare.
 
         Args:
             depths: of the matrices to quantize.
+            outside: those of them that lie outside the layers.
             store: keeps finished layers; those that it has are not quantized again.
             seed: of the labels whose loss says which errors of outputs matter.
             memory: bytes for hidden states; those that take more are in a file.
@@ -87,10 +94,11 @@ class LayerQuantizer:
         self._seed = seed
         self._memory = memory
         self._keep_offsets = keep_offsets
+        self._outside = outside or {}
         self._loop = ColumnLoop(torch.get_num_threads())
 
     def run(self, tokens: torch.Tensor, on_layer: OnLayer) -> Iterator[FinishedLayer]:
-        """The layers in order, each as soon as it is quantized.
+        """The layers in order, each as soon as it is quantized; first what lies outside, if anything of it is wanted.
 
         Args:
             tokens: int64 (sequences, length).
@@ -99,9 +107,10 @@ class LayerQuantizer:
             TritError: what a layer puts out is not finite, or the disk is full.
         """
         n_layers = self._model.n_layers
-        n_finished = self._ranks.from_first(next((i for i in range(n_layers) if self._load(i) is None), n_layers))
+        wanted = [*([OUTSIDE] if self._outside else []), *range(n_layers)]
+        n_finished = self._ranks.from_first(next((i for i in wanted if self._load(i) is None), n_layers))
         if n_finished == n_layers:
-            yield from map(self._finished, range(n_layers))
+            yield from map(self.finished, wanted)
             return
         scratch = Scratch(self._memory, self._store.entry.folder)
         try:
@@ -117,31 +126,42 @@ class LayerQuantizer:
         n_batches = len(streams.batches)
         checkpoints = Checkpoints(self._store, self._ranks, self._model.n_layers)
         first = checkpoints.last_layer(n_batches, n_finished)
+        moments = None
+        if n_finished == OUTSIDE:
+            n_finished = 0
+            moments = OutsideMoments.zeros(tokens, self._model.vocabulary, self._model.width)
         upstream = UpstreamGradients(
-            *(self._model, tokens, looked_at, self._seed, scratch, checkpoints, n_finished),
+            *(self._model, tokens, looked_at, self._seed, scratch, checkpoints, n_finished, moments),
             lambda what: on_layer(n_finished, what),
         )
+        if moments is not None:
+            on_layer(0, "embeddings and output matrix")
+            moments.finish(self._ranks)
+            done = self._quantize_outside(moments)
+            if self._ranks.is_first:
+                self._store.save(0, done, _OUTSIDE)
+        if self._outside:
+            yield self.finished(OUTSIDE)
         on_layer(first, "embeddings")
-        embedded = (self._model.embed(tokens[batch]) for batch in streams.batches)
         if first:
-            next(embedded)  # the model then knows what its layers are given besides
+            self._model.embed(tokens[streams.batches[0]])  # it then knows what its layers are given besides
             streams.start(checkpoints.load_streams(first, n_batches))
-            yield from map(self._finished, range(first))
+            yield from map(self.finished, range(first))
         else:
-            streams.start((hidden, hidden) for hidden in embedded)
+            streams.start(self._embedded(tokens[batch]) for batch in streams.batches)
         for index in range(first, self._model.n_layers):
             if index > first and index >= n_finished:
                 checkpoints.keep_streams(index, streams)
             layer = _Layer(self._model, index, self._wanted(index), streams, self._ranks)
             if index < n_finished:
                 on_layer(index, "as it was kept")
-                layer.pass_on(self._finished(index).blocks)
+                layer.pass_on(self.finished(index).blocks)
             else:
                 done = layer.quantize(upstream.take(index), self._loop, self._keep_offsets, on_layer)
                 if self._ranks.is_first:
                     self._store.save(index, done)
             del layer
-            yield self._finished(index)
+            yield self.finished(index)
         checkpoints.forget()
 
     def _batches(self, tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -165,14 +185,38 @@ class LayerQuantizer:
         """The matrices of a layer to quantize, with their depths."""
         return {matrix: depth for (number, matrix), depth in self._depths.items() if number == index}
 
+    def _embedded(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the first layer is given in both models, of int64 (sequences, length)."""
+        full = self._model.embed(tokens)
+        embedding = next((matrix for matrix, (about, _) in self._outside.items() if about.is_embedding), None)
+        blocks = None if embedding is None else self.finished(OUTSIDE).blocks.get(embedding)
+        if embedding is None or blocks is None:
+            return full, full
+        return full, self._model.embed(tokens, reader(blocks, self._depths[OUTSIDE, embedding]))
+
+    def _quantize_outside(self, moments: OutsideMoments) -> dict[str, np.ndarray]:
+        """What the store keeps of the matrices outside the layers: as `_Layer.quantize` has it."""
+        done: dict[str, np.ndarray] = {}
+        searched = []
+        for matrix, (about, load) in self._outside.items():
+            depth = self._depths[OUTSIDE, matrix]
+            found = quantize_outside(load(), depth, about, moments, self._model, self._loop, self._ranks)
+            if found is not None:
+                done[str(matrix)], some = found
+                searched += [str(matrix)] if some else []
+        return done | _notes([], searched)
+
     def _load(self, index: int) -> dict[str, np.ndarray] | None:
         """A layer of the store, if that is all that is wanted."""
-        done = self._store.load(index)
+        done = self._store.load(0, _OUTSIDE) if index == OUTSIDE else self._store.load(index)
         if done is None or _NOTES not in done:
             return None
+        if index == OUTSIDE:
+            return done
         return None if self._keep_offsets and not any(key.startswith(_OFFSET) for key in done) else done
 
-    def _finished(self, index: int) -> FinishedLayer:
+    def finished(self, index: int) -> FinishedLayer:
+        """A layer that has come."""
         done = self._ranks.from_first(self._load(index) if self._ranks.is_first else None)
         assert done is not None
         notes = json.loads(done[_NOTES].tobytes())
@@ -247,8 +291,7 @@ class _Layer:
                 self._quantize(same, moments[same[0]], outputs, loop, keep_offsets)
             del moments
         passes.finish()
-        notes = {"remarks": self._remarks(), "searched": self._searched}
-        return self._done | {_NOTES: np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)}
+        return self._done | _notes(self._remarks(), self._searched)
 
     def _stages(self) -> tuple[Sequence[Sequence[Matrix]], Matrix | None]:
         """The stages, of the layer before any matrix is quantized, and its closing matrix.
@@ -346,3 +389,9 @@ def _by_moments(moments: Mapping[Matrix, Moments]) -> dict[int, list[Matrix]]:
     for matrix, one in moments.items():
         found.setdefault(id(one), []).append(matrix)
     return found
+
+
+def _notes(remarks: Sequence[str], searched: Sequence[str]) -> dict[str, np.ndarray]:
+    """What the store keeps besides blocks."""
+    notes = {"remarks": remarks, "searched": searched}
+    return {_NOTES: np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)}

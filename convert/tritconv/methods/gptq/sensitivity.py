@@ -2,14 +2,16 @@
 
 The loss is the increase of the KL divergence from the full-precision model, to second order (the Fisher information):
 with x the input of a matrix at a token, g the gradient for its output there (see `gradients`), an error dW of the
-matrix costs (g . dW x)^2 / 2. The errors of different rows have nothing to do with each other, so the square is taken
-row by row, which needs less text.
+matrix costs (g . dW x)^2 / 2. The errors are those that gptq makes of the matrix alone, on tokens that it did not see.
+Outside the layers, `OutsideMatrix` says what errors cost.
+
+Few tokens come to an expert: its errors are those of the search, on the same tokens, and those of different rows are
+taken to have nothing to do with each other, so the square is taken row by row.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -17,26 +19,61 @@ import torch
 from gguf import GGMLQuantizationType
 
 from tritconv.allocate import CANDIDATES
+from tritconv.calibration.context import Context
 from tritconv.calibration.gradients import LayerGradients, Progress, draw, gradients, stride
 from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
-from tritconv.calibration.rows import Place, RowMap
+from tritconv.calibration.moments import Moments
+from tritconv.calibration.outside import OutsideMatrix, OutsideMoments
+from tritconv.calibration.ranks import ALONE
+from tritconv.calibration.rows import OUTSIDE, Place, RowMap
 from tritconv.calibration.scratch import Scratch
 from tritconv.calibration.store import LayerStore
+from tritconv.methods.gptq.columns import ColumnLoop
+from tritconv.methods.gptq.matrix import Solver
+from tritconv.methods.gptq.outside import quantize_outside
 from tritcore import encoder, ggml
-from tritcore.errors import RangeError
+from tritcore.errors import NotFiniteError, RangeError
 from tritcore.files import sha256_of_bytes
 from tritcore.format import BLOCK_SIZE
 from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _TOKENS = 4096  # enough to tell the matrices apart
+_SEEN = 0.75  # the share of them that gptq sees
+_ROWS = 4096  # of a matrix outside the layers, whose errors are in memory at a time
+_OUTSIDE = "outside"  # the kind, in the store, of what lies outside the layers
 
+Types = Sequence[GGMLQuantizationType]
 Losses = dict[str, dict[GGMLQuantizationType, float]]
+Outside = Mapping[str, tuple[OutsideMatrix, Callable[[], np.ndarray]]]  # with what loads the values (rows, n)
 
 
-def origins(tensors: Mapping[str, RowMap]) -> tuple[tuple[str, str], ...]:
-    """The tensors by name, with a digest of where their rows come from: losses in the cache depend on it."""
-    return tuple((name, _digest(rows)) for name, rows in sorted(tensors.items()))
+def sensitivities(context: Context, types: Types, progress: Progress) -> Losses:
+    """The predicted losses of the tensors that are reached, in nats per token.
+
+    Args:
+        types: of the layers. What lies outside may have any of `CANDIDATES`.
+
+    Raises:
+        TritError: the disk is full.
+    """
+    if not context.ranks.is_first:
+        return context.ranks.from_first({})
+    layers = {name: rows for name, rows in context.maps.items() if rows.places[0][0] != OUTSIDE}
+    loads = {tensor.name: tensor.load for tensor in context.source.tensors}
+    outside = {name: (matrix, loads[name]) for name, matrix in context.outside.items()}
+    store = context.store("sensitivity", matrices=origins(context.maps, types))
+    return context.ranks.from_first(
+        measure(
+            context.model, layers, outside, context.tokens, context.inputs.seed, types, store, context.memory, progress
+        )
+    )
+
+
+def origins(tensors: Mapping[str, RowMap], types: Types) -> tuple[tuple[str, str], ...]:
+    """What losses in the cache depend on: the types, and tensors with a digest of where their rows come from."""
+    names = ",".join(qtype.name for qtype in types)
+    return (("types", names), *((name, _digest(rows)) for name, rows in sorted(tensors.items())))
 
 
 def _digest(rows: RowMap) -> str:
@@ -47,8 +84,10 @@ def _digest(rows: RowMap) -> str:
 def measure(
     model: LayeredModel,
     tensors: Mapping[str, RowMap],
+    outside: Outside,
     tokens: torch.Tensor,
     seed: int,
+    types: Types,
     store: LayerStore,
     memory: int,
     progress: Progress,
@@ -56,9 +95,11 @@ def measure(
     """The predicted losses of tensors, in nats per token, in each type that can hold them.
 
     Args:
-        tensors: by name, where their rows come from.
+        tensors: of the layers by name, where their rows come from.
+        outside: tensors outside the layers, by name.
         tokens: int64 (sequences, length). Some of the sequences are used.
         seed: of the labels.
+        types: of the layers; what lies outside may have any of `CANDIDATES`.
         store: has the losses, or gets them.
         memory: bytes for hidden states; those that take more are in a file.
 
@@ -67,17 +108,19 @@ def measure(
     """
     layers = range(model.n_layers)
     kept = {index: store.load(index) for index in layers}
+    kept[OUTSIDE] = store.load(0, _OUTSIDE)
     if None in kept.values():
         scratch = Scratch(memory, store.entry.folder)
         try:
-            for index, losses in _Measurement(model, tensors, tokens, seed, progress).run(scratch):
-                store.save(index, losses)
+            for index, losses in _Measurement(model, tensors, outside, tokens, seed, types, progress).run(scratch):
+                store.save(max(index, 0), losses, _OUTSIDE if index == OUTSIDE else "layer")
                 kept[index] = losses
         finally:
             scratch.close()
     return {
-        name: {qtype: loss for qtype, loss in zip(CANDIDATES, losses.tolist(), strict=True) if math.isfinite(loss)}
-        for index in layers
+        name: {qtype: loss for qtype, loss in zip(some, losses.tolist(), strict=True) if math.isfinite(loss)}
+        for some, numbers in ((CANDIDATES, [OUTSIDE]), (types, layers))
+        for index in numbers
         for name, losses in (kept[index] or {}).items()
     }
 
@@ -86,23 +129,41 @@ class _Measurement:
     """Weighs the errors of the matrices' products by the gradients for them."""
 
     def __init__(
-        self, model: LayeredModel, tensors: Mapping[str, RowMap], tokens: torch.Tensor, seed: int, progress: Progress
+        self,
+        model: LayeredModel,
+        tensors: Mapping[str, RowMap],
+        outside: Outside,
+        tokens: torch.Tensor,
+        seed: int,
+        types: Types,
+        progress: Progress,
     ) -> None:
         some = range(0, len(tokens), stride(tokens, _TOKENS))
         self._model = model
-        self._tokens = tokens[some]
+        self._all_tokens, self._tokens = tokens, tokens[some]
         self._draws = draw(tokens, seed)[some]
+        self._types = types
         self._progress = progress
         self._tensors = tensors
+        self._outside = outside
+        self._loop = ColumnLoop(torch.get_num_threads())
         self._rows: dict[Place, dict[str, np.ndarray]] = defaultdict(dict)  # of each tensor, in a matrix
         for name, rows in tensors.items():
             for number, place in enumerate(rows.places):
                 self._rows[place][name] = rows.row[rows.place == number]
 
     def run(self, scratch: Scratch) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Layers, the last one first: float64 (candidates,) for each tensor, NaN for a type that cannot hold it."""
-        for found in gradients(self._model, self._tokens, self._draws, self._matrices, self._progress, scratch):
+        """Layers, the last one first, then what lies outside: float64 by tensor and type, NaN where it does not fit."""
+        model, moments = self._model, None
+        if self._outside:
+            moments = OutsideMoments.zeros(self._all_tokens, model.vocabulary, model.width)
+        steps = gradients(model, self._tokens, self._draws, self._matrices, self._progress, scratch, moments)
+        for found in steps:
             yield found.index, self._losses(found)
+        if moments is not None:
+            self._progress("embeddings and output matrix")
+            moments.finish(ALONE)
+        yield OUTSIDE, {name: self._of_outside(*about, moments) for name, about in self._outside.items() if moments}
 
     def _matrices(self, index: int, layer: torch.nn.Module) -> list[Matrix]:
         """Those that tensors are made of, as far as blocks fit into their rows."""
@@ -112,48 +173,105 @@ class _Measurement:
     def _losses(self, found: LayerGradients) -> dict[str, np.ndarray]:
         parts: dict[str, list[np.ndarray]] = defaultdict(list)
         for matrix, (inputs, output_gradients) in found.products.items():
-            weights = matrix.of(found.layer)
-            losses = _squares(weights, inputs, output_gradients) / (2 * self._tokens.numel())
-            if not matrix.is_expert:  # the experts of a tensor are judged together, by the writer
-                losses[[not _reaches(weights, qtype) for qtype in CANDIDATES]] = np.nan
-            for name, rows in self._rows[found.index, matrix].items():
-                parts[name].append(losses[:, rows].sum(axis=1))
+            weights, rows = matrix.of(found.layer), self._rows[found.index, matrix]
+            if matrix.is_expert:
+                losses = self._of_expert(weights, inputs, output_gradients)
+                for name, mine in rows.items():
+                    parts[name].append(losses[:, mine].sum(axis=1))
+            else:
+                for name, values in self._of_matrix(weights, inputs, output_gradients, rows).items():
+                    parts[name].append(values)
         # experts that no token reached count like the mean of the others
         return {name: np.mean(some, axis=0) * len(self._tensors[name].places) for name, some in parts.items()}
 
+    def _of_matrix(
+        self,
+        weights: torch.Tensor,
+        inputs: torch.Tensor,
+        output_gradients: torch.Tensor,
+        rows: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """float64 (types,) for each tensor that has rows of a matrix.
 
-def _squares(weights: torch.Tensor, inputs: torch.Tensor, output_gradients: torch.Tensor) -> np.ndarray:
-    """The sums over the tokens of (g . dW x)^2, row by row, dW the error of a matrix in each type.
+        Args:
+            weights: float32 (rows, n).
+            inputs: (tokens, n).
+            output_gradients: (tokens, rows).
+        """
+        n_seen = int(_SEEN * len(inputs))
+        moments = Moments.zeros(weights.shape[1], weights.device)
+        moments.add(inputs[:n_seen].to(self._model.product_type))
+        moments.finish(ALONE)
+        importance = moments.hessian.diagonal().cpu().numpy().copy()
+        solver = Solver(moments, self._model.product_type, self._loop)
+        x, g = inputs[n_seen:], output_gradients[n_seen:]
+        losses = {name: np.full(len(self._types), np.nan) for name in rows}
+        for number, qtype in enumerate(self._types):
+            stored = _by_gptq(solver, weights, qtype, importance)
+            if stored is not None:
+                error = stored.to(weights.device) - weights
+                weighed = (x @ error.to(x.dtype).T).mul_(g)
+                for name, mine in rows.items():
+                    some = torch.from_numpy(mine).to(weighed.device)
+                    costs = weighed[:, some].float().sum(dim=1).square_().mean()
+                    losses[name][number] = float(costs) / 2
+        return losses
 
-    Args:
-        weights: float32 (rows, n).
-        inputs: (tokens, n).
-        output_gradients: (tokens, rows).
-
-    Returns:
-        float64 (candidates, rows), NaN for a type that cannot hold the matrix.
-    """
-    importance = inputs.float().square().sum(dim=0).cpu().numpy()
-    values = weights.cpu().numpy()
-    found = np.full((len(CANDIDATES), len(weights)), np.nan)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the encoders let go of Python's lock
-        futures = [pool.submit(_stored, values, qtype, importance) for qtype in CANDIDATES]
-        for number, future in enumerate(futures):
+    def _of_expert(self, weights: torch.Tensor, inputs: torch.Tensor, output_gradients: torch.Tensor) -> np.ndarray:
+        """float64 (types, rows). Args: as `_of_matrix` has them."""
+        importance = inputs.float().square().sum(dim=0).cpu().numpy()
+        losses = np.full((len(self._types), len(weights)), np.nan)
+        for number, qtype in enumerate(self._types):
             with suppress(RangeError):
-                error = torch.from_numpy(future.result()).to(weights.device) - weights
+                error = (
+                    torch.from_numpy(_by_search(weights.cpu().numpy(), qtype, importance)).to(weights.device) - weights
+                )
                 product = inputs @ error.to(inputs.dtype).T
-                found[number] = product.mul_(output_gradients).float().square_().sum(dim=0).cpu()
-    return found
+                losses[number] = product.mul_(output_gradients).float().square_().sum(dim=0).cpu()
+        return losses / (2 * self._tokens.numel())
+
+    def _of_outside(self, matrix: OutsideMatrix, load: Callable[[], np.ndarray], moments: OutsideMoments) -> np.ndarray:
+        """float64 (candidates,)."""
+        values = load()
+        losses = np.full(len(CANDIDATES), np.nan)
+        for number, qtype in enumerate(CANDIDATES):
+            depth = DEPTH_OF_TYPE.get(qtype)
+            data = None
+            if depth is not None:
+                found = quantize_outside(values, depth, matrix, moments, self._model, self._loop, ALONE)
+                if found is None:
+                    continue
+                data = found[0]
+            losses[number] = 0.0
+            for first in range(0, len(values), _ROWS):
+                part = values[first : first + _ROWS].astype(np.float32)
+                stored = ggml.quantize(part, qtype) if data is None else data[first : first + _ROWS]
+                losses[number] += matrix.loss(torch.from_numpy(ggml.dequantize(stored, qtype) - part), first, moments)
+        return losses
 
 
-def _reaches(weights: torch.Tensor, qtype: GGMLQuantizationType) -> bool:
-    """Whether weights are not too small for a type."""
+def _by_gptq(
+    solver: Solver, weights: torch.Tensor, qtype: GGMLQuantizationType, importance: np.ndarray
+) -> torch.Tensor | None:
+    """The values that a type has for weights, both float32 (rows, n); None where it cannot hold them."""
     depth = DEPTH_OF_TYPE.get(qtype)
-    return depth is None or encoder.reaches(weights.cpu().numpy(), depth)
+    values = weights.cpu().numpy()
+    if depth is None:
+        return torch.from_numpy(_by_search(values, qtype, importance))
+    if not encoder.reaches(values, depth):
+        return None
+    try:
+        blocks = solver.quantize(weights.T.contiguous(), depth).blocks
+    except (RangeError, NotFiniteError):
+        try:
+            return torch.from_numpy(_by_search(values, qtype, importance))
+        except RangeError:
+            return None
+    return torch.from_numpy(blocks.decode()).view(weights.shape)
 
 
-def _stored(weights: np.ndarray, qtype: GGMLQuantizationType, importance: np.ndarray) -> np.ndarray:
-    """The values that a type has for weights, both float32 (rows, n)."""
+def _by_search(weights: np.ndarray, qtype: GGMLQuantizationType, importance: np.ndarray) -> np.ndarray:
+    """As `_by_gptq`. Raises RangeError."""
     depth = DEPTH_OF_TYPE.get(qtype)
     data = ggml.quantize(weights, qtype) if depth is None else encoder.quantize(weights, depth, importance)
     return ggml.dequantize(data, qtype)

@@ -1,0 +1,158 @@
+"""What the methods take on this machine, predicted from the shapes of the tensors, and which of them to take unasked.
+
+The time is that of the large products, at the speed at which this machine multiplies, and that of the search for codes
+and scales. `bench/effort.py` sets it beside the time that conversions take.
+"""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tritconv.calibration import memory
+from tritconv.calibration.context import least_memory
+from tritconv.calibration.model import fast_precision
+from tritconv.calibration.outputs import MOST_ROWS, n_with_gradients
+from tritconv.methods import MethodName
+from tritconv.plan import Plan
+from tritconv.sources.source import Kind, Source
+
+_AFFORDABLE = 3600.0  # seconds that may be spent unasked
+_LADDER = ((MethodName.GPTQ, 65536), (MethodName.GPTQ, 16384), (MethodName.IMATRIX, 32768), (MethodName.IMATRIX, 8192))
+_OVERHEAD = 1.6  # the time of all that passes and solvers do, over that of their large products
+_PER_WEIGHT = {MethodName.GPTQ: 4e-7, MethodName.IMATRIX: 1.2e-7, MethodName.SEARCH: 1.2e-7}  # seconds of a thread
+_SWEEPS = 7  # times n^2 operations that gptq needs for each row: feedback, and three sweeps of descent
+_PROBE = 1536  # rows and columns of the product that is timed
+_TIMES = 3
+
+_LAYER = re.compile(r"blk\.\d+\.")
+_SAME_INPUTS = re.compile(r"attn_[kv]\.|ffn_up(_\w+)?\.")  # matrices whose inputs another one of the layer has too
+
+
+@dataclass(frozen=True)
+class Effort:
+    """A method and what it takes. `n_tokens`: to calibrate on. `seconds`: predicted."""
+
+    method: MethodName
+    n_tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        on_text = f" on {self.n_tokens:,} tokens" if self.n_tokens else ""
+        return f"{self.method.value}{on_text}: about {_duration(self.seconds)}"
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """A tensor of a layer.
+
+    Attributes:
+        experts: the number of matrices in it.
+        used: the number of them that a token comes to.
+        has_own_inputs: whether no other tensor before it has the same inputs.
+    """
+
+    rows: int
+    n: int
+    experts: int
+    used: int
+    has_own_inputs: bool
+
+
+def affordable(
+    source: Source, plan: Plan, length: int, n_tokens: int, threads: int, *, calibrates: bool
+) -> tuple[Effort, list[Effort]]:
+    """The best method that this machine can afford, and the better ones that it can not.
+
+    Args:
+        length: tokens of a calibration sequence.
+        n_tokens: to calibrate on, at most.
+        calibrates: whether there must be a calibration: then the least one is taken, however long it takes.
+    """
+    matrices, head, speed = _matrices(source, plan), _head(source), _speed()
+    better: list[Effort] = []
+    for method, tokens in _LADDER:
+        if least_memory(source, length, squares=method is MethodName.GPTQ) <= memory.total():
+            tokens = min(tokens, n_tokens)
+            effort = Effort(method, tokens, _seconds(method, matrices, tokens, head, speed, threads))
+            if effort.seconds <= _AFFORDABLE:
+                return effort, better
+            better.append(effort)
+    if calibrates and better:
+        return better.pop(), better
+    return Effort(MethodName.SEARCH, 0, _seconds(MethodName.SEARCH, matrices, 0, 0, speed, threads)), better
+
+
+def predicted(source: Source, plan: Plan, method: MethodName, n_tokens: int, threads: int) -> Effort:
+    """What a method takes."""
+    seconds = _seconds(method, _matrices(source, plan), n_tokens, _head(source), _speed(), threads)
+    return Effort(method, n_tokens, seconds)
+
+
+def _seconds(
+    method: MethodName, matrices: Sequence[_Matrices], n_tokens: int, head: int, speed: float, threads: int
+) -> float:
+    """Predict. `head`: weights of the output matrix. `speed`: operations a second."""
+    n_weights = sum(one.experts * one.rows * one.n for one in matrices)
+    operations = 0
+    if method is not MethodName.SEARCH:
+        operations += 2 * n_tokens * sum(one.used * one.rows * one.n for one in matrices)
+    if method is MethodName.GPTQ:
+        operations += sum(_of_gptq(one, n_tokens) for one in matrices) + 6 * n_with_gradients(n_tokens) * head
+    return _OVERHEAD * operations / speed + _PER_WEIGHT[method] * n_weights / threads
+
+
+def _of_gptq(one: _Matrices, n_tokens: int) -> int:
+    """Operations of gptq for a tensor, besides the full-precision pass."""
+    some, row_block = n_with_gradients(n_tokens), min(one.rows, MOST_ROWS)
+    passes = (2 * n_tokens + 8 * some) * one.used * one.rows * one.n  # quantized; gradients: there and back, twice
+    solving = one.experts * one.rows * one.n * ((_SWEEPS + 2) * one.n + row_block)
+    moments = some * one.rows * row_block if one.experts == 1 else 0
+    if one.has_own_inputs:
+        moments += 3 * n_tokens * one.used * one.n**2  # one triangle, and the cross-covariance
+        solving += one.experts * one.n**3
+    return passes + moments + solving
+
+
+def _matrices(source: Source, plan: Plan) -> list[_Matrices]:
+    """The tensors that become TRIT."""
+    used = source.metadata.get(f"{source.architecture}.expert_used_count")
+    found = []
+    for tensor in source.tensors:
+        if tensor.kind is Kind.MATRIX and plan.choice(tensor).depth is not None:
+            experts = math.prod(tensor.shape[:-2])
+            has_own_inputs = _SAME_INPUTS.match(_LAYER.sub("", tensor.name)) is None
+            per_token = min(experts, int(used.value)) if used is not None else experts
+            rows, n = tensor.shape[-2:]
+            found.append(_Matrices(rows, n, experts, per_token, has_own_inputs))
+    return found
+
+
+def _head(source: Source) -> int:
+    """Weights of the output matrix."""
+    outside = [tensor for tensor in source.tensors if tensor.kind in (Kind.OUTPUT, Kind.EMBEDDING)]
+    return max((math.prod(tensor.shape) for tensor in outside), default=0)
+
+
+def _speed() -> float:
+    """Operations a second of large products, in the type that calibrations multiply in."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.ones(_PROBE, _PROBE, dtype=fast_precision(device), device=device)
+    best = math.inf
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * _PROBE**3 / best
+
+
+def _duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36000 else f"{round(seconds / 3600)} h"

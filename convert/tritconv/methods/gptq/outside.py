@@ -1,0 +1,65 @@
+"""gptq for the matrices outside the layers. Their rows are independent, and there are many of them."""
+
+import numpy as np
+import torch
+
+from tritconv.calibration.lender import ReadRows
+from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.moments import Moments
+from tritconv.calibration.outside import OutsideMatrix, OutsideMoments
+from tritconv.calibration.ranks import Ranks
+from tritconv.methods.gptq.columns import ColumnLoop
+from tritconv.methods.gptq.matrix import Solver
+from tritcore import encoder, ggml
+from tritcore.codec import pack
+from tritcore.errors import NotFiniteError, RangeError
+from tritcore.format import BLOCK_SIZE, BYTES_PER_BLOCK
+from tritcore.gguf_types import TRIT_TYPE
+
+_WEIGHTS = 1 << 25  # that are quantized at a time
+
+
+def reader(data: np.ndarray, depth: int) -> ReadRows:
+    """What reads rows of a quantized matrix, uint8 (rows, bytes per row)."""
+    return lambda rows: torch.from_numpy(ggml.dequantize(data[np.asarray(rows)], TRIT_TYPE[depth]))
+
+
+def quantize_outside(
+    values: np.ndarray,
+    depth: int,
+    matrix: OutsideMatrix,
+    moments: OutsideMoments,
+    model: LayeredModel,
+    loop: ColumnLoop,
+    ranks: Ranks,
+) -> tuple[np.ndarray, bool] | None:
+    """Quantize a matrix.
+
+    Args:
+        values: float16 or float32 (rows, n), n a multiple of 64.
+        depth: trits per weight, 1..4.
+        moments: finished.
+
+    Returns:
+        uint8 (rows, bytes per row), and whether any row went by weighted search; None where the type cannot hold them.
+    """
+    if not encoder.reaches(values.astype(np.float32, copy=False), depth):
+        return None
+    data = np.empty((len(values), values.shape[1] // BLOCK_SIZE * BYTES_PER_BLOCK[depth]), dtype=np.uint8)
+    searched = False
+    for rows, hessian in matrix.classes(moments):
+        importance = hessian.diagonal().numpy().copy()
+        of_inputs = Moments(hessian.to(model.device), n_tokens=int(moments.counts.max()))
+        solver = Solver(of_inputs, model.product_type, loop, ranks)
+        for some in rows.split(max(1, _WEIGHTS // values.shape[1])):
+            weights = values[some.numpy()].astype(np.float32)
+            try:
+                found = solver.quantize(solver.aims(torch.from_numpy(weights).to(model.device)), depth).blocks
+                data[some.numpy()] = pack(found).reshape(len(some), -1)
+            except (RangeError, NotFiniteError):
+                searched = True
+                try:
+                    data[some.numpy()] = encoder.quantize(weights, depth, importance)
+                except RangeError:
+                    return None
+    return data, searched
