@@ -179,7 +179,16 @@ def convert(case: Case, revision: Revision, options: argparse.Namespace, target:
             "HF_HUB_OFFLINE": "1",
         }
         command: list[object] = [sys.executable, "-m", "tritconv", case.command, case.source, "--force", "-o", target]
-        command += ["--depth", 2, "--embed-type", "q8_0", "--calibrate", options.text.resolve(), "--calib-tokens", case.tokens]
+        command += [
+            "--depth",
+            2,
+            "--embed-type",
+            "q8_0",
+            "--calibrate",
+            options.text.resolve(),
+            "--calib-tokens",
+            case.tokens,
+        ]
         done = measure([*command, *revision.options], environment, folder, target)
     note(
         f"{case.model}, {case.tokens} tokens, {revision.name}: {done.wall:.1f} s, {done.cpu:.1f} s of CPU time, "
