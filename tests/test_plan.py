@@ -56,6 +56,19 @@ def test_types_by_kind() -> None:
     assert PLAN.exceptions(TENSORS) == []
 
 
+def test_chosen_types_change_no_others() -> None:
+    chosen = PLAN.with_types({"token_embd.weight": Type.TRIT3, "blk.0.attn_q.weight": Type.TRIT3})
+    wanted = _types(PLAN) | {"token_embd": "TRIT3", "blk.0.attn_q": "TRIT3"}
+    assert _types(chosen) == wanted
+    assert chosen.depth == 2
+    more = chosen.with_types({"blk.0.ffn_down.weight": Type.TRIT3}).with_most_frequent_depth(TENSORS)
+    assert more.depth == 2, "of the layers: two matrices in TRIT3, one in TRIT2 and one that should be"
+    most = more.with_types({"blk.1.ffn_down.weight": Type.TRIT3}).with_most_frequent_depth(TENSORS)
+    assert most.depth == 3
+    assert _types(most) == wanted | {"blk.0.ffn_down": "TRIT3", "blk.1.ffn_down": "TRIT3"}
+    assert most.exceptions(TENSORS) == ["token_embd.weight=3", "blk.1.ffn_up.weight=2"]
+
+
 def test_later_rules_win() -> None:
     rules = [_rule(r"ffn_down", Type.TRIT3), _rule(r"^blk\.1\.", Type.TRIT4), _rule("token_embd", F16)]
     plan = PLAN.with_rules(rules, TENSORS)

@@ -248,12 +248,12 @@ def _context(
         allocation = allocate(source.tensors, _losses(context, CANDIDATES), plan, budget)
         if context.ranks.is_first:
             err.print(allocation.table())
-        plan = plan.with_types(allocation.types, source.tensors)
+        plan = plan.with_types(allocation.types).with_most_frequent_depth(source.tensors)
     elif job.method is not MethodName.IMATRIX and _leaves_outside(plan, source, context):
         chosen = cheapest_outside(source.tensors, _losses(context, [TRIT_TYPE[plan.depth]]), plan, _SHARE_OUTSIDE)
         if context.ranks.is_first:
             note(", ".join(f"{name} in {qtype.name}" for name, qtype in chosen.items()) + ", as that costs little")
-        plan = plan.with_types(chosen, source.tensors)
+        plan = plan.with_types(chosen)
     return context, plan
 
 
@@ -283,7 +283,7 @@ def _checked(budget: Budget, source: Source, plan: Plan) -> Budget:
     if isinstance(budget, FileSize):
         matrices = [tensor for tensor in source.tensors if tensor.kept_type is None]
         # the longest list of types that there can be
-        longest = plan.with_types({tensor.name: GGMLQuantizationType.Q8_0 for tensor in matrices}, ())
+        longest = plan.with_types({tensor.name: GGMLQuantizationType.Q8_0 for tensor in matrices})
         header = Header(source.architecture, {**source.metadata, **_list_of_types(source, longest)}, source.tensors, ())
         rest = file_bytes(header, plan) - sum(budget.size(tensor, plan.type_of(tensor)) for tensor in matrices)
         budget = replace(budget, rest=rest)

@@ -29,7 +29,7 @@ class Why(Enum):
 
     KIND = "the type of its kind"
     RULE = "a rule names it"
-    BUDGET = "it costs least at the size wanted"
+    LOSS = "it costs little for its size"
     KEPT = "llama.cpp wants it so"
     ROWS = "its rows are no multiple of the block of the type that it should have"
 
@@ -65,7 +65,7 @@ class Plan:
         depth: trits per weight of the layers' matrices that nothing else is said about.
         embedding, output, fallback: types of the embeddings, of the output matrix, and of what does not fit.
         single: types by the name of the tensor, from the user's rules. They come before all others.
-        budgeted: types by name, chosen for a size wanted.
+        chosen: types by name, chosen by the loss that is predicted.
         lattices: depths of the trit lattices that tensors lie on, by name.
         named: the kinds of tensors whose type the user has named.
     """
@@ -75,7 +75,7 @@ class Plan:
     output: GGMLQuantizationType
     fallback: GGMLQuantizationType
     single: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
-    budgeted: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    chosen: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
     lattices: Mapping[str, int] = field(default_factory=dict)
     named: frozenset[Kind] = frozenset()
 
@@ -99,14 +99,21 @@ class Plan:
             single |= dict.fromkeys(names, rule.qtype)
         return replace(self, single=single)
 
-    def with_types(self, types: Mapping[str, GGMLQuantizationType], tensors: Iterable[SourceTensor]) -> "Plan":
-        """The plan with types chosen for a size wanted; its depth becomes that of most weights."""
-        plan = replace(self, budgeted={**self.budgeted, **types})
+    def with_types(self, types: Mapping[str, GGMLQuantizationType]) -> "Plan":
+        """The plan with types chosen for tensors by name. All others keep theirs."""
+        return replace(self, chosen={**self.chosen, **types})
+
+    def with_most_frequent_depth(self, tensors: Iterable[SourceTensor]) -> "Plan":
+        """The plan with the depth that most weights of the layers have. All tensors keep their types."""
+        matrices = [tensor for tensor in tensors if tensor.kind is Kind.MATRIX and tensor.kept_type is None]
+        wanted = {tensor.name: self.choice(tensor).wanted for tensor in matrices}
         weights: Counter[int] = Counter()
-        for tensor in tensors:
-            if (depth := DEPTH_OF_TYPE.get(plan.choice(tensor).wanted)) is not None:
+        for tensor in matrices:
+            if (depth := DEPTH_OF_TYPE.get(wanted[tensor.name])) is not None:
                 weights[depth] += math.prod(tensor.shape)
-        return replace(plan, depth=weights.most_common(1)[0][0] if weights else self.depth)
+        depth = weights.most_common(1)[0][0] if weights else self.depth
+        named = {name: qtype for name, qtype in wanted.items() if name not in self.single}
+        return replace(self, depth=depth, chosen={**self.chosen, **named})
 
     def with_lattices(self, tensors: Iterable[SourceTensor]) -> "Plan":
         """The plan with the trit lattices that tensors lie on, as far as a sample of their rows tells.
@@ -147,8 +154,8 @@ class Plan:
             return tensor.kept_type, Why.KEPT
         if (qtype := self.single.get(tensor.name)) is not None:
             return qtype, Why.RULE
-        if (qtype := self.budgeted.get(tensor.name)) is not None:
-            return qtype, Why.BUDGET
+        if (qtype := self.chosen.get(tensor.name)) is not None:
+            return qtype, Why.LOSS
         return self._type_of_kind(tensor.kind), Why.KIND
 
     def _type_of_kind(self, kind: Kind) -> GGMLQuantizationType:
