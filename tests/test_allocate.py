@@ -138,7 +138,7 @@ def test_a_large_step_of_the_embeddings_is_no_obstacle(room: int) -> None:
 
 def test_the_smallest_types_outside_that_cost_little() -> None:
     tensors = [EMBEDDING, *TENSORS, _tensor("output.weight", 100)]
-    of_layers = {name: {Type.TRIT2: 1.0} for name in LOSSES}  # 4 in all
+    of_layers = {name: {Type.TRIT2: 1.0} for name in list(LOSSES)[::2]}  # two stand for all: 4
     outside = {EMBEDDING.name: _losses(0.1, 0.03, 0.01, 0.001), "output.weight": _losses(0.3, 0.04, 0.02, 0.002)}
     losses = of_layers | outside
 

@@ -91,9 +91,9 @@ def test_same_seed_same_file(checkpoint: Path, tmp_path: Path, text: Path) -> No
     assert first != other
 
 
-@pytest.mark.parametrize("method", ["gptq", "tune"])
-def test_killed_and_started_again(method: str, checkpoint: Path, tmp_path: Path, text: Path) -> None:
-    options = ("--depth", 2, "--method", method)
+@pytest.mark.parametrize(("method", "embeddings"), [("gptq", "q8_0"), ("gptq", "trit3"), ("tune", "trit2")])
+def test_killed_and_started_again(method: str, embeddings: str, checkpoint: Path, tmp_path: Path, text: Path) -> None:
+    options = ("--depth", 2, "--method", method, "--embed-type", embeddings)
     convert(checkpoint, tmp_path / "whole.gguf", text, *options, cache=tmp_path / "one")
     cache, target = tmp_path / "two", tmp_path / "resumed.gguf"
     command = [sys.executable, "-m", "tritconv", "hf-to-gguf", checkpoint, "--calibrate", text, *options]

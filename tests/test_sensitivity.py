@@ -1,7 +1,10 @@
 """The predicted losses of matrices in types."""
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ from tritconv.allocate import CANDIDATES
 from tritconv.calibration.inputs import Inputs, digest_of_tokens
 from tritconv.calibration.matrices import Matrix, matrices_of
 from tritconv.calibration.model import LayeredModel
-from tritconv.calibration.rows import RowMap
+from tritconv.calibration.ranks import ALONE
+from tritconv.calibration.rows import OUTSIDE, RowMap
 from tritconv.calibration.store import LayerStore
+from tritconv.methods.gptq import sensitivity
 from tritconv.methods.gptq.sensitivity import Losses, measure, origins
 from tritcore import ggml
 
@@ -116,9 +121,49 @@ def test_a_tensor_has_the_losses_of_its_rows(model: LayeredModel, tokens: torch.
     found = measured(model, tokens, {"first": first, "second": second})
     alone, joined = measured(model, tokens), measured(model, tokens, {"both": both})
     for qtype in CANDIDATES:
-        # up to what the errors of some rows have to do with those of others
-        assert found["first"][qtype] + found["second"][qtype] == pytest.approx(alone[name][qtype], rel=0.25)
+        assert found["first"][qtype] + found["second"][qtype] == pytest.approx(alone[name][qtype])
         assert joined["both"][qtype] == pytest.approx(alone[name][qtype] + alone[f"blk.1.{DOWN}"][qtype])
+
+
+def test_some_rows_stand_for_all(model: LayeredModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"blk.0.{DOWN}"
+    whole = measured(model, tokens)[name]
+    monkeypatch.setattr(sensitivity, "_SOME_ROWS", 50)
+    monkeypatch.setenv("TRITCONV_CACHE", os.environ["TRITCONV_CACHE"] + "/some")
+    some = measured(model, tokens)[name]
+    for qtype in CANDIDATES:
+        assert some[qtype] == pytest.approx(whole[qtype], rel=0.4)
+        assert some[qtype] != whole[qtype]
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "of_all", "chosen"), [(3, True, 3), (3, False, 3), (40, True, 40), (40, False, 8)]
+)
+def test_some_layers_stand_for_all(n_layers: int, of_all: bool, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, RowMap]] = []
+
+    def measured(_: object, maps: dict[str, RowMap], *rest: object) -> Losses:
+        seen.append(maps)
+        return {}
+
+    monkeypatch.setattr(sensitivity, "measure", measured)
+    maps = {f"blk.{i}.q": RowMap.whole((i, Q), 64) for i in range(n_layers)}
+    maps["token_embd.weight"] = RowMap.whole((OUTSIDE, Matrix("token_embd.weight")), 64)
+    source = SimpleNamespace(tensors=(), origin=SimpleNamespace(name="tiny"))
+    context: Any = SimpleNamespace(
+        model=SimpleNamespace(n_layers=n_layers),
+        maps=maps,
+        outside={},
+        source=source,
+        ranks=ALONE,
+        tokens=None,
+        inputs=SimpleNamespace(seed=0),
+        memory=0,
+        store=lambda *_, **__: None,
+    )
+    assert sensitivity.sensitivities(context, CANDIDATES, lambda what: None, of_all=of_all) == {}
+    assert len(seen[0]) == chosen
+    assert "token_embd.weight" not in seen[0]
 
 
 def test_experts_without_tokens_count_like_the_others(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_files(tmp_path: Path) -> None:
     wanted = logits(base, prompt)
     for depth in (2, 4):
         path = tmp_path / f"{depth}.gguf"
-        done = tritconv("gguf-to-gguf", base, "--fast", "--depth", depth, "--method", "uniform", "-o", path)
+        done = tritconv("gguf-to-gguf", base, "--depth", depth, "--method", "uniform", "-o", path)
         assert done.returncode == 0, done.stderr
         model = read_model_file(path)
         assert model.metadata["trit.method"] == "uniform"

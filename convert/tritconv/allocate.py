@@ -228,17 +228,17 @@ def cheapest_outside(
     """The smallest types for what lies outside the layers that cost at most a share of the loss of the layers.
 
     Args:
-        losses: of the layers in the types of the plan, and of what lies outside in each type to choose from.
+        losses: of layers in the types of the plan, and of what lies outside in each type to choose from. The layers
+            that have losses stand for all.
 
     Returns:
         Types of the tensors that are free to choose: those of least loss where none costs so little.
     """
     free = [t for t in _matrices(tensors) if t.kind is not Kind.MATRIX and losses.get(t.name) and plan.is_free(t)]
-    of_layers = sum(
-        losses[tensor.name].get(plan.type_of(tensor), 0.0)
-        for tensor in tensors
-        if tensor.kind is Kind.MATRIX and tensor.name in losses
-    )
+    layers = [tensor for tensor in _matrices(tensors) if tensor.kind is Kind.MATRIX]
+    known = [tensor for tensor in layers if plan.type_of(tensor) in losses.get(tensor.name, {})]
+    of_layers = sum(losses[tensor.name][plan.type_of(tensor)] for tensor in known)
+    of_layers *= _n_weights(layers) / max(1, _n_weights(known))
     ways = []
     for types in itertools.product(*(losses[tensor.name] for tensor in free)):
         size = sum(n_bytes(tensor.shape, qtype) for tensor, qtype in zip(free, types, strict=True))

@@ -455,7 +455,8 @@ def _parsed(option: str, text: str) -> int:
 
 def _rule(text: str) -> TypeRule:
     pattern, _, name = text.rpartition("=")
-    types = {str(depth): qtype for depth, qtype in TRIT_TYPE.items()} | {t.value: t.qtype for t in StorageType}
+    types = {str(depth): qtype for depth, qtype in TRIT_TYPE.items()}
+    types |= {one.value: one.qtype for one in StorageType if one.qtype not in DEPTH_OF_TYPE}
     if not pattern or name not in types:
         raise UsageError(f"--tensor-depth {text}: not of the form REGEX=D with D one of {', '.join(types)}")
     try:

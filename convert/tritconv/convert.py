@@ -161,8 +161,6 @@ def _started(
             plan = plan.with_lattices(source.tensors)
     if is_free:
         job = _affordable(source, plan, job)
-    elif job.needs_text and job.method is not MethodName.TUNE:
-        note(str(_predicted(source, plan, job)))
     if job.needs_text:
         try:
             context, plan = _context(source, plan, budget, job, ranks)
@@ -177,7 +175,7 @@ def _started(
 
 
 def _affordable(source: Source, plan: Plan, job: Job) -> Job:
-    """The job with the best method that the machine can afford. Says which and why."""
+    """The job with the best method that the machine can afford. Says why it is no better one."""
     if plan.lattices and job.budget is None:
         note("the weights lie on a lattice of trits: the codes are kept, without calibration")
         return replace(job, method=MethodName.SEARCH)
@@ -188,7 +186,8 @@ def _affordable(source: Source, plan: Plan, job: Job) -> Job:
     found, better = effort.affordable(
         source, plan, text.length, text.n_tokens, job.threads or all_cores(), calibrates=job.budget is not None
     )
-    note(str(found) + "".join(f"; {other} (--method {other.method.value})" for other in better[:1]))
+    for other in better[:1]:
+        note(f"not by {other}: --method {other.method.value} takes that time")
     text = replace(text, n_tokens=found.n_tokens)
     return replace(job, method=found.method, calibration=replace(job.calibration, text=text))
 
@@ -244,13 +243,16 @@ def _context(
     assert job.calibration is not None
     _use_threads(job)
     context = calibration.prepare(source, plan, job.calibration, ranks or ALONE)
+    if context.ranks.is_first and job.method is not MethodName.TUNE:
+        note(str(_predicted(source, plan, job)))
     if budget is not None:
-        allocation = allocate(source.tensors, _losses(context, CANDIDATES), plan, budget)
+        allocation = allocate(source.tensors, _losses(context, CANDIDATES, of_all=True), plan, budget)
         if context.ranks.is_first:
             err.print(allocation.table())
         plan = plan.with_types(allocation.types).with_most_frequent_depth(source.tensors)
     elif job.method is not MethodName.IMATRIX and _leaves_outside(plan, source, context):
-        chosen = cheapest_outside(source.tensors, _losses(context, [TRIT_TYPE[plan.depth]]), plan, _SHARE_OUTSIDE)
+        losses = _losses(context, [TRIT_TYPE[plan.depth]], of_all=False)
+        chosen = cheapest_outside(source.tensors, losses, plan, _SHARE_OUTSIDE)
         if context.ranks.is_first:
             note(", ".join(f"{name} in {qtype.name}" for name, qtype in chosen.items()) + ", as that costs little")
         plan = plan.with_types(chosen)
@@ -262,12 +264,12 @@ def _leaves_outside(plan: Plan, source: Source, context: "Context") -> bool:
     return any(plan.is_free(tensor) for tensor in source.tensors if tensor.name in context.outside)
 
 
-def _losses(context: "Context", types: Sequence[GGMLQuantizationType]) -> Losses:
-    """The predicted losses of the tensors that are reached. `types`: those of the layers."""
+def _losses(context: "Context", types: Sequence[GGMLQuantizationType], *, of_all: bool) -> Losses:
+    """The predicted losses of the tensors that are reached. Args: as `sensitivities` has them."""
     from tritconv.methods.gptq.sensitivity import sensitivities
 
     with _status("what each type costs") as status:
-        return sensitivities(context, types, getattr(status, "update", lambda _: None))
+        return sensitivities(context, types, getattr(status, "update", lambda _: None), of_all=of_all)
 
 
 def _use_threads(job: Job) -> None:

@@ -157,7 +157,7 @@ class Parameters:
         Args:
             shape: of the parameter, if it is not the model's.
         """
-        with self._as_they_are():
+        with self._as_they_are(), torch.autocast("cpu", enabled=False):  # it would change types, or refuse float16
             if shape is not None:
                 for name in names:
                     self._set(name, torch.empty(tuple(shape), dtype=self.dtypes[name], device="meta"))

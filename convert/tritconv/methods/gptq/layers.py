@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tritconv.calibration.checkpoints import Checkpoints
+from tritconv.calibration.lender import ReadRows
 from tritconv.calibration.matrices import Matrix, stages
 from tritconv.calibration.model import LayeredModel, batches
 from tritconv.calibration.moments import Moments
@@ -140,15 +141,18 @@ class LayerQuantizer:
             done = self._quantize_outside(moments)
             if self._ranks.is_first:
                 self._store.save(0, done, _OUTSIDE)
+        embeddings = None
         if self._outside:
-            yield self.finished(OUTSIDE)
+            outside = self.finished(OUTSIDE)
+            embeddings = self._embeddings(outside)
+            yield outside
         on_layer(first, "embeddings")
         if first:
             self._model.embed(tokens[streams.batches[0]])  # it then knows what its layers are given besides
             streams.start(checkpoints.load_streams(first, n_batches))
             yield from map(self.finished, range(first))
         else:
-            streams.start(self._embedded(tokens[batch]) for batch in streams.batches)
+            streams.start(self._embedded(tokens[batch], embeddings) for batch in streams.batches)
         for index in range(first, self._model.n_layers):
             if index > first and index >= n_finished:
                 checkpoints.keep_streams(index, streams)
@@ -185,14 +189,17 @@ class LayerQuantizer:
         """The matrices of a layer to quantize, with their depths."""
         return {matrix: depth for (number, matrix), depth in self._depths.items() if number == index}
 
-    def _embedded(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embeddings(self, outside: FinishedLayer) -> ReadRows | None:
+        """What reads rows of the quantized token embeddings; None where they are not quantized."""
+        for matrix, (about, _) in self._outside.items():
+            if about.is_embedding and matrix in outside.blocks:
+                return reader(outside.blocks[matrix], self._depths[OUTSIDE, matrix])
+        return None
+
+    def _embedded(self, tokens: torch.Tensor, embeddings: ReadRows | None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the first layer is given in both models, of int64 (sequences, length)."""
         full = self._model.embed(tokens)
-        embedding = next((matrix for matrix, (about, _) in self._outside.items() if about.is_embedding), None)
-        blocks = None if embedding is None else self.finished(OUTSIDE).blocks.get(embedding)
-        if embedding is None or blocks is None:
-            return full, full
-        return full, self._model.embed(tokens, reader(blocks, self._depths[OUTSIDE, embedding]))
+        return full, full if embeddings is None else self._model.embed(tokens, embeddings)
 
     def _quantize_outside(self, moments: OutsideMoments) -> dict[str, np.ndarray]:
         """What the store keeps of the matrices outside the layers: as `_Layer.quantize` has it."""

@@ -2,11 +2,10 @@
 
 The loss is the increase of the KL divergence from the full-precision model, to second order (the Fisher information):
 with x the input of a matrix at a token, g the gradient for its output there (see `gradients`), an error dW of the
-matrix costs (g . dW x)^2 / 2. The errors are those that gptq makes of the matrix alone, on tokens that it did not see.
+matrix costs (g . dW x)^2 / 2. The errors of different rows have nothing to do with each other, so the square is taken
+row by row, which needs less text, and of some rows only. The errors are those that gptq makes of the matrix alone, on
+tokens that it did not see; those of an expert, to which few tokens come, are those of the search, on the same tokens.
 Outside the layers, `OutsideMatrix` says what errors cost.
-
-Few tokens come to an expert: its errors are those of the search, on the same tokens, and those of different rows are
-taken to have nothing to do with each other, so the square is taken row by row.
 """
 
 import math
@@ -40,6 +39,8 @@ from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _TOKENS = 4096  # enough to tell the matrices apart
 _SEEN = 0.75  # the share of them that gptq sees
+_SOME_ROWS = 512  # of a tensor's share of a matrix
+_SOME_LAYERS = 8  # that stand for all
 _ROWS = 4096  # of a matrix outside the layers, whose errors are in memory at a time
 _OUTSIDE = "outside"  # the kind, in the store, of what lies outside the layers
 
@@ -48,21 +49,24 @@ Losses = dict[str, dict[GGMLQuantizationType, float]]
 Outside = Mapping[str, tuple[OutsideMatrix, Callable[[], np.ndarray]]]  # with what loads the values (rows, n)
 
 
-def sensitivities(context: Context, types: Types, progress: Progress) -> Losses:
+def sensitivities(context: Context, types: Types, progress: Progress, *, of_all: bool) -> Losses:
     """The predicted losses of the tensors that are reached, in nats per token.
 
     Args:
         types: of the layers. What lies outside may have any of `CANDIDATES`.
+        of_all: whether the losses of all layers are wanted. A few stand for all, if not.
 
     Raises:
         TritError: the disk is full.
     """
     if not context.ranks.is_first:
         return context.ranks.from_first({})
-    layers = {name: rows for name, rows in context.maps.items() if rows.places[0][0] != OUTSIDE}
+    step = 1 if of_all else -(-context.model.n_layers // _SOME_LAYERS)
+    wanted = {*range(step // 2, context.model.n_layers, step)}
+    layers = {name: rows for name, rows in context.maps.items() if rows.places[0][0] in wanted}
     loads = {tensor.name: tensor.load for tensor in context.source.tensors}
     outside = {name: (matrix, loads[name]) for name, matrix in context.outside.items()}
-    store = context.store("sensitivity", matrices=origins(context.maps, types))
+    store = context.store("sensitivity", matrices=origins(layers, types))
     return context.ranks.from_first(
         measure(
             context.model, layers, outside, context.tokens, context.inputs.seed, types, store, context.memory, progress
@@ -197,24 +201,28 @@ class _Measurement:
             weights: float32 (rows, n).
             inputs: (tokens, n).
             output_gradients: (tokens, rows).
+            rows: of each tensor, by name.
         """
+        some = {name: mine[:: -(-len(mine) // _SOME_ROWS)] for name, mine in rows.items()}
+        picked = np.unique(np.concatenate(list(some.values())))
+        at = torch.from_numpy(picked).to(weights.device)
+        weights = weights[at]
         n_seen = int(_SEEN * len(inputs))
         moments = Moments.zeros(weights.shape[1], weights.device)
         moments.add(inputs[:n_seen].to(self._model.product_type))
         moments.finish(ALONE)
         importance = moments.hessian.diagonal().cpu().numpy().copy()
         solver = Solver(moments, self._model.product_type, self._loop)
-        x, g = inputs[n_seen:], output_gradients[n_seen:]
+        x, g = inputs[n_seen:], output_gradients[n_seen:, at]
         losses = {name: np.full(len(self._types), np.nan) for name in rows}
         for number, qtype in enumerate(self._types):
             stored = _by_gptq(solver, weights, qtype, importance)
             if stored is not None:
                 error = stored.to(weights.device) - weights
-                weighed = (x @ error.to(x.dtype).T).mul_(g)
-                for name, mine in rows.items():
-                    some = torch.from_numpy(mine).to(weighed.device)
-                    costs = weighed[:, some].float().sum(dim=1).square_().mean()
-                    losses[name][number] = float(costs) / 2
+                costs = (x @ error.to(x.dtype).T).mul_(g).float().square_().mean(dim=0).cpu().numpy() / 2
+                for name, mine in some.items():
+                    mean = costs[np.searchsorted(picked, mine)].mean(dtype=np.float64)
+                    losses[name][number] = mean * len(rows[name])
         return losses
 
     def _of_expert(self, weights: torch.Tensor, inputs: torch.Tensor, output_gradients: torch.Tensor) -> np.ndarray:
