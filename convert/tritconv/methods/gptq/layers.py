@@ -111,7 +111,7 @@ class LayerQuantizer:
         wanted = [*([OUTSIDE] if self._outside else []), *range(n_layers)]
         n_finished = self._ranks.from_first(next((i for i in wanted if self._load(i) is None), n_layers))
         if n_finished == n_layers:
-            yield from map(self.finished, wanted)
+            yield from map(self._finished, wanted)
             return
         scratch = Scratch(self._memory, self._store.entry.folder)
         try:
@@ -143,14 +143,14 @@ class LayerQuantizer:
                 self._store.save(0, done, _OUTSIDE)
         embeddings = None
         if self._outside:
-            outside = self.finished(OUTSIDE)
+            outside = self._finished(OUTSIDE)
             embeddings = self._embeddings(outside)
             yield outside
         on_layer(first, "embeddings")
         if first:
             self._model.embed(tokens[streams.batches[0]])  # it then knows what its layers are given besides
             streams.start(checkpoints.load_streams(first, n_batches))
-            yield from map(self.finished, range(first))
+            yield from map(self._finished, range(first))
         else:
             streams.start(self._embedded(tokens[batch], embeddings) for batch in streams.batches)
         for index in range(first, self._model.n_layers):
@@ -159,13 +159,13 @@ class LayerQuantizer:
             layer = _Layer(self._model, index, self._wanted(index), streams, self._ranks)
             if index < n_finished:
                 on_layer(index, "as it was kept")
-                layer.pass_on(self.finished(index).blocks)
+                layer.pass_on(self._finished(index).blocks)
             else:
                 done = layer.quantize(upstream.take(index), self._loop, self._keep_offsets, on_layer)
                 if self._ranks.is_first:
                     self._store.save(index, done)
             del layer
-            yield self.finished(index)
+            yield self._finished(index)
         checkpoints.forget()
 
     def _batches(self, tokens: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -223,8 +223,14 @@ class LayerQuantizer:
         return None if self._keep_offsets and not any(key.startswith(_OFFSET) for key in done) else done
 
     def finished(self, index: int) -> FinishedLayer:
-        """A layer that has come."""
-        done = self._ranks.from_first(self._load(index) if self._ranks.is_first else None)
+        """A layer that has come. In the first process only: the others are not asked."""
+        return self._as_finished(index, self._load(index))
+
+    def _finished(self, index: int) -> FinishedLayer:
+        """A layer of the store, which the first process sends to the others."""
+        return self._as_finished(index, self._ranks.from_first(self._load(index) if self._ranks.is_first else None))
+
+    def _as_finished(self, index: int, done: Mapping[str, np.ndarray] | None) -> FinishedLayer:
         assert done is not None
         notes = json.loads(done[_NOTES].tobytes())
         mine = self._wanted(index)
