@@ -13,7 +13,7 @@ from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import Place
 from tritconv.calibration.store import LayerStore
 from tritconv.calibration.text import hold_out
-from tritconv.methods.tune import Latent, Outside, Tuned, TuneOptions, load_tuned, save_tuned, tune
+from tritconv.methods.tune import Latent, QuantizedEnds, Tuned, TuneOptions, load_tuned, save_tuned, tune
 from tritcore import encoder
 from tritcore.codec import Blocks, unpack
 from tritcore.format import BYTES_PER_BLOCK
@@ -60,7 +60,7 @@ def train(model: LayeredModel, tokens: torch.Tensor, options: TuneOptions) -> tu
         layers,
         latents,
         norms,
-        Outside(),
+        QuantizedEnds(),
         *hold_out(tokens),
         options,
         lambda *step: steps.append(step),

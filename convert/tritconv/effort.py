@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -137,6 +138,7 @@ def _head(source: Source) -> int:
     return max((math.prod(tensor.shape) for tensor in outside), default=0)
 
 
+@cache
 def _speed() -> float:
     """Operations a second of large products, in the type that calibrations multiply in."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

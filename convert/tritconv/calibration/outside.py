@@ -9,9 +9,8 @@ independent is an approximation, as in K-FAC (Martens and Grosse, 2015, arXiv:15
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from tritconv.calibration.moments import add_squares, complete
@@ -72,10 +71,6 @@ class OutsideMoments:
         self.variances /= n_inputs
         complete(self.gradients.div_(n_gradients))
         complete(self.inputs.div_(n_inputs))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """For a store: `OutsideMoments(**tensors)` is the same again."""
-        return {field.name: getattr(self, field.name).numpy() for field in fields(self)}
 
 
 @dataclass(frozen=True)

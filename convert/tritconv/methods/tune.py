@@ -192,7 +192,7 @@ class Tune:
         def on_step(done: int, total: int) -> None:
             self._say(f"training, step {done}/{total}")
 
-        outside = Outside.of(context.outside, depths, blocks)
+        outside = QuantizedEnds.of(context.outside, depths, blocks)
         texts = context.tokens, context.held_out
         return tune(model, layers, latents, norms, outside, *texts, self._options, on_step, on_epoch)
 
@@ -222,14 +222,16 @@ def _norms(model: LayeredModel, source: Source) -> dict[NormPlace, str]:
 
 
 @dataclass(frozen=True)
-class Outside:
+class QuantizedEnds:
     """What reads rows of the quantized embeddings and output matrix; None where the model's own are meant."""
 
     embeddings: ReadRows | None = None
     outputs: ReadRows | None = None
 
     @staticmethod
-    def of(matrices: Mapping[str, OutsideMatrix], depths: Depths, blocks: Mapping[Place, np.ndarray]) -> "Outside":
+    def of(
+        matrices: Mapping[str, OutsideMatrix], depths: Depths, blocks: Mapping[Place, np.ndarray]
+    ) -> "QuantizedEnds":
         """Of tensors by name, as far as there are blocks of them."""
         found: dict[str, ReadRows] = {}
         for name, about in matrices.items():
@@ -237,7 +239,7 @@ class Outside:
                 rows = reader(blocks[place], depths[place])
                 found |= {"embeddings": rows} if about.is_embedding else {}
                 found |= {"outputs": rows} if about.is_output else {}
-        return Outside(**found)
+        return QuantizedEnds(**found)
 
 
 class Latent:
@@ -277,7 +279,7 @@ def tune(
     layers: Sequence[torch.nn.Module],
     latents: Mapping[Place, Latent],
     norms: Collection[NormPlace],
-    outside: Outside,
+    outside: QuantizedEnds,
     tokens: torch.Tensor,
     held_out: torch.Tensor,
     options: TuneOptions,
@@ -414,7 +416,7 @@ class _Training:
         layers: Sequence[torch.nn.Module],
         latents: Mapping[Place, Latent],
         norms: Collection[NormPlace],
-        outside: Outside,
+        outside: QuantizedEnds,
     ) -> None:
         self._model = model
         self._outputs = outside.outputs

@@ -43,7 +43,9 @@ def quantize_outside(
     Returns:
         uint8 (rows, bytes per row), and whether any row went by weighted search; None where the type cannot hold them.
     """
-    if not encoder.reaches(values.astype(np.float32, copy=False), depth):
+    step = max(1, _WEIGHTS // values.shape[1])
+    parts = (values[first : first + step].astype(np.float32, copy=False) for first in range(0, len(values), step))
+    if not ggml.reaches(depth, [ggml.measure_reach(part, depth) for part in parts]):
         return None
     data = np.empty((len(values), values.shape[1] // BLOCK_SIZE * BYTES_PER_BLOCK[depth]), dtype=np.uint8)
     searched = False
@@ -51,7 +53,7 @@ def quantize_outside(
         importance = hessian.diagonal().numpy().copy()
         of_inputs = Moments(hessian.to(model.device), n_tokens=int(moments.counts.max()))
         solver = Solver(of_inputs, model.product_type, loop, ranks)
-        for some in rows.split(max(1, _WEIGHTS // values.shape[1])):
+        for some in rows.split(step):
             weights = values[some.numpy()].astype(np.float32)
             try:
                 found = solver.quantize(solver.aims(torch.from_numpy(weights).to(model.device)), depth).blocks
