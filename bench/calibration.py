@@ -3,6 +3,7 @@
 
     bench/calibration.py --text wt2.valid.txt                              this tree and --against, in turns
     bench/calibration.py --text wt2.valid.txt --quality wiki.test.raw      and the KL divergence of both results
+    bench/calibration.py --text wt2.valid.txt --models qwen2.5-0.5b --layers 3
     bench/calibration.py --text wt2.valid.txt --large --layers 3 --layers 6
     bench/calibration.py --text wt2.valid.txt --quick                      does it work? the figures mean nothing
 
@@ -224,7 +225,11 @@ def _cases(model: str, options: argparse.Namespace, work: Path) -> list[Case]:
         if not _SMOLLM2.is_file():
             raise TritError(f"{_SMOLLM2} is missing: python models/fetch.py SmolLM2-135M-Instruct")
         return [Case(model, "gguf-to-gguf", _SMOLLM2, tokens) for tokens in options.tokens]
-    folder = _make_checkpoint(work / model, replace(_TINY, tied=True) if options.quick else PRESETS[model])
+    shape = replace(_TINY, tied=True) if options.quick else PRESETS[model]
+    if options.layers:
+        shape = replace(shape, layers=options.layers[0])
+        model = f"{model}-{options.layers[0]}-layers"
+    folder = _make_checkpoint(work / model, shape)
     return [Case(model, "hf-to-gguf", folder, tokens) for tokens in options.tokens]
 
 
@@ -334,7 +339,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=24, metavar="N", help="of 512 tokens (default: %(default)s)")
     parser.add_argument("--large", action="store_true", help=f"this tree alone, on layers of {_LARGE}'s shape")
     parser.add_argument(
-        "--layers", action="append", type=int, metavar="N", help="with --large; default: 3 and 6; repeatable"
+        "--layers",
+        action="append",
+        type=int,
+        metavar="N",
+        help=f"with --large: repeatable, default: 3 and 6; else: of {_MODELS[1]}'s shape, default: all of them",
     )
     parser.add_argument(
         "--options", default="", metavar="'--X Y'", help="more options of tritconv, for this tree's conversions only"
@@ -345,7 +354,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.models = options.models or (_MODELS[1:] if options.quick else _MODELS)
     options.tokens = options.tokens or ([1024] if options.quick else [16384] if options.large else [16384, 65536])
-    options.layers = options.layers or ([1, 2] if options.quick else [3, 6])
+    if options.large:
+        options.layers = options.layers or ([1, 2] if options.quick else [3, 6])
+    elif len(options.layers or ()) > 1:
+        parser.error("--layers is repeated with --large only")
     options.runs = 1 if options.quick else options.runs
     options.chunks = 2 if options.quick else options.chunks
     if options.large and (len(options.tokens) > 1 or options.quality):
