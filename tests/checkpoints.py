@@ -15,7 +15,9 @@ import sentencepiece
 import torch
 from gguf import LlamaFileType
 
+from tritconv.calibration.matrices import Matrix, matrices_of
 from tritconv.calibration.model import LayeredModel
+from tritconv.calibration.rows import RowMap
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2_GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -158,3 +160,21 @@ def llama_quantize(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run llama-quantize."""
     command = [str(ggml.tool("llama-quantize")), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def maps_of(model: LayeredModel) -> dict[str, RowMap]:
+    """A tensor for each parameter of the layers."""
+    maps = {}
+    for index in range(model.n_layers):
+        layer = model.working_copy(index)
+        by_name: dict[str, list[Matrix]] = {}
+        for matrix in matrices_of(layer):
+            by_name.setdefault(matrix.name, []).append(matrix)
+        for name, matrices in by_name.items():
+            n_rows = [len(matrix.of(layer)) for matrix in matrices]
+            maps[f"blk.{index}.{name}"] = RowMap(
+                [(index, matrix) for matrix in matrices],
+                np.repeat(np.arange(len(matrices), dtype=np.int32), n_rows),
+                np.concatenate([np.arange(n) for n in n_rows]),
+            )
+    return maps

@@ -329,8 +329,12 @@ def keys_of(
         def __init__(self, inputs: Inputs, name: str) -> None:
             found[inputs.kind] = inputs.key()
 
-    def losses(_: object, maps: Any, *rest: object) -> Any:
-        return {name: dict(zip(CANDIDATES, (27.0, 9.0, 3.0, 1.0, 0.1), strict=True)) for name in maps}
+    class Measurement:
+        def __init__(self, _: object, maps: Any, *rest: object) -> None:
+            self._maps = maps
+
+        def losses(self, *_: object) -> Any:
+            return {name: dict(zip(CANDIDATES, (27.0, 9.0, 3.0, 1.0, 0.1), strict=True)) for name in self._maps}
 
     def stop(*arguments: object) -> Any:
         raise _Reached
@@ -344,7 +348,7 @@ def keys_of(
     monkeypatch.setattr(context, "LayeredModel", lambda *_: model)
     monkeypatch.setattr(context, "find_reach", lambda *_: reach)
     monkeypatch.setattr(context.own_text, "write", lambda _, tokens, count, *rest: tokens[:1].repeat(count, 1))
-    monkeypatch.setattr(sensitivity, "measure", losses)
+    monkeypatch.setattr(sensitivity, "Measurement", Measurement)
     monkeypatch.setattr(gptq.LayerQuantizer, "run", quantize)
     monkeypatch.setattr(tune, "load_tuned", stop)
 

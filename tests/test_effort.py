@@ -47,14 +47,14 @@ def chosen(source: Source, n_tokens: int = TOKENS, *, calibrates: bool = False) 
 
 def test_the_larger_the_model_the_less_is_done() -> None:
     assert chosen(source_of(512, 8)) == ("gptq", 65536, [])
-    assert chosen(source_of(1536, 28)) == ("gptq", 16384, ["gptq"])
+    assert chosen(source_of(1280, 28)) == ("gptq", 16384, ["gptq"])
     assert chosen(source_of(2304, 32)) == ("imatrix", 32768, ["gptq", "gptq"])
     assert chosen(source_of(8192, 80))[0] == "search"
 
 
 def test_no_more_tokens_than_asked_for() -> None:
     assert chosen(source_of(512, 8), 2048)[:2] == ("gptq", 2048)
-    assert chosen(source_of(1536, 28), 4096)[:2] == ("gptq", 4096)
+    assert chosen(source_of(1280, 28), 4096)[:2] == ("gptq", 4096)
 
 
 def test_a_calibration_that_is_needed_is_made_however_long_it_takes() -> None:

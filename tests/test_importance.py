@@ -7,7 +7,7 @@ import ggml
 import numpy as np
 import pytest
 import torch
-from checkpoints import exact_model, make_checkpoint, to_f16_gguf
+from checkpoints import exact_model, make_checkpoint, maps_of, to_f16_gguf
 from command_line import tritconv
 
 from tritconv.calibration import checkpoints
@@ -15,7 +15,7 @@ from tritconv.calibration import model as model_module
 from tritconv.calibration.context import Context
 from tritconv.calibration.importance import TextImportances
 from tritconv.calibration.inputs import Inputs
-from tritconv.calibration.matrices import Matrix, matrices_of
+from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.rows import OUTSIDE, RowMap
 from tritconv.methods.imatrix_file import read_imatrix
@@ -42,22 +42,12 @@ def tokens() -> torch.Tensor:
 
 def context_of(model: LayeredModel, tokens: torch.Tensor) -> tuple[Context, list[SourceTensor]]:
     """With a tensor for each parameter of the layers, and one outside them."""
-    maps, tensors = {}, []
-    for index in range(model.n_layers):
-        layer = model.working_copy(index)
-        by_name: dict[str, list[Matrix]] = {}
-        for matrix in matrices_of(layer):
-            by_name.setdefault(matrix.name, []).append(matrix)
-        for name, matrices in by_name.items():
-            rows, n = matrices[0].of(layer).shape
-            full = f"blk.{index}.{name}"
-            maps[full] = RowMap(
-                [(index, matrix) for matrix in matrices],
-                np.repeat(np.arange(len(matrices), dtype=np.int32), rows),
-                np.tile(np.arange(rows, dtype=np.int32), len(matrices)),
-            )
-            shape = (rows, n) if len(matrices) == 1 else (len(matrices), rows, n)
-            tensors.append(SourceTensor(full, shape, Kind.MATRIX, lambda: np.empty(0)))
+    maps, tensors = maps_of(model), []
+    for name, rows in maps.items():
+        index, matrix = rows.places[0]
+        experts, n = len(rows.places), matrix.of(model.working_copy(index)).shape[1]
+        shape = (experts, len(rows.row) // experts, n) if experts > 1 else (len(rows.row), n)
+        tensors.append(SourceTensor(name, shape, Kind.MATRIX, lambda: np.empty(0)))
     maps["token_embd.weight"] = RowMap.whole((OUTSIDE, Matrix("token_embd.weight")), 600)
     tensors.append(SourceTensor("token_embd.weight", (600, 192), Kind.EMBEDDING, lambda: np.empty(0)))
     source = Source("tiny", "llama", {}, tuple(tensors), Origin(Path("tiny")))

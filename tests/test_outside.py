@@ -84,7 +84,7 @@ def test_the_predicted_loss_is_the_divergence(
             divergence = float((before.exp() * (before - predictions())).sum(dim=-1).mean())
             module.weight.copy_(kept)
         predicted = sum(
-            roles[name].loss(part, first, moments) for part, first in ((error[:250], 0), (error[250:], 250))
+            float(roles[name].losses(error[rows], rows, moments).sum()) for rows in torch.arange(600).split(250)
         )
         assert predicted == pytest.approx(divergence, rel=0.35), name
 
@@ -97,13 +97,29 @@ def test_gptq_costs_less_than_the_search(
     values = model.whole_copy().float().lm_head.weight.detach().numpy()
 
     def loss(data: np.ndarray) -> float:
-        return matrix.loss(torch.from_numpy(ggml.dequantize(data, TRIT_TYPE[depth]) - values), 0, moments)
+        error = torch.from_numpy(ggml.dequantize(data, TRIT_TYPE[depth]) - values)
+        return float(matrix.losses(error, torch.arange(600), moments).sum())
 
     found = quantize_outside(values, depth, matrix, moments, model, ColumnLoop(1), ALONE)
     assert found is not None
     data, searched = found
     assert not searched
     assert loss(data) < 0.9 * loss(encoder.quantize(values, depth))
+
+
+@pytest.mark.parametrize("matrix", [EMBEDDING, HEAD, BOTH], ids=["embedding", "output", "both"])
+@pytest.mark.parametrize("count", [150, 599, 600])
+def test_some_rows_stand_for_all(
+    matrix: OutsideMatrix, count: int, model: LayeredModel, moments: OutsideMoments
+) -> None:
+    values = model.whole_copy().float().lm_head.weight.detach().numpy()
+    values = values * np.geomspace(0.1, 10, 600, dtype=np.float32)[:, None]
+    error = torch.from_numpy(ggml.dequantize(ggml.quantize(values, Type.TRIT3), Type.TRIT3) - values)
+    rows, factors = matrix.sample(values.astype(np.float16), moments, count)
+    assert len(rows) <= count
+    estimate = float(matrix.losses(error[rows], rows, moments) @ factors)
+    exact = float(matrix.losses(error, torch.arange(600), moments).sum())
+    assert estimate == pytest.approx(exact, rel=0.04 if count < 600 else 1e-6)
 
 
 def test_rows_that_the_model_has_no_prediction_of(model: LayeredModel, moments: OutsideMoments) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, maps_of
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from safetensors.torch import load_file, save_file
@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from tritconv.allocate import CANDIDATES
 from tritconv.calibration.inputs import Inputs, digest_of_tokens
-from tritconv.calibration.matrices import Matrix, matrices_of
+from tritconv.calibration.matrices import Matrix
 from tritconv.calibration.model import LayeredModel
 from tritconv.calibration.ranks import ALONE
 from tritconv.calibration.rows import OUTSIDE, RowMap
 from tritconv.calibration.store import LayerStore
 from tritconv.methods.gptq import sensitivity
-from tritconv.methods.gptq.sensitivity import Losses, measure, origins
+from tritconv.methods.gptq.sensitivity import Losses, Measurement, origins
 from tritcore import ggml
 
 pytestmark = pytest.mark.build
@@ -47,33 +47,15 @@ def model(checkpoint: Path) -> LayeredModel:
     return LayeredModel(checkpoint)
 
 
-def one_to_one(model: LayeredModel) -> dict[str, RowMap]:
-    """A tensor for each parameter of the layers."""
-    maps = {}
-    for index in range(model.n_layers):
-        layer = model.working_copy(index)
-        by_name: dict[str, list[Matrix]] = {}
-        for matrix in matrices_of(layer):
-            by_name.setdefault(matrix.name, []).append(matrix)
-        for name, matrices in by_name.items():
-            n_rows = [len(matrix.of(layer)) for matrix in matrices]
-            maps[f"blk.{index}.{name}"] = RowMap(
-                [(index, matrix) for matrix in matrices],
-                np.repeat(np.arange(len(matrices), dtype=np.int32), n_rows),
-                np.concatenate([np.arange(n) for n in n_rows]),
-            )
-    return maps
-
-
 def store_of(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap], seed: int) -> LayerStore:
     inputs = Inputs("sensitivity", "tiny", digest_of_tokens(tokens), seed, model.machinery, origins(maps, CANDIDATES))
     return LayerStore(inputs, "tiny")
 
 
 def measured(model: LayeredModel, tokens: torch.Tensor, maps: dict[str, RowMap] | None = None, seed: int = 0) -> Losses:
-    maps = one_to_one(model) if maps is None else maps
+    maps = maps_of(model) if maps is None else maps
     store = store_of(model, tokens, maps, seed)
-    return measure(model, maps, {}, tokens, seed, CANDIDATES, store, MEMORY, lambda what: None)
+    return Measurement(model, maps, {}, tokens, seed, CANDIDATES, lambda what: None).losses(store, MEMORY)
 
 
 def stored(weights: torch.Tensor, qtype: Type) -> torch.Tensor:
@@ -105,7 +87,7 @@ def test_predicts_the_divergence(checkpoint: Path) -> None:
 
 def test_more_bits_lose_less(model: LayeredModel, tokens: torch.Tensor) -> None:
     found = measured(model, tokens)
-    assert found.keys() == one_to_one(model).keys()
+    assert found.keys() == maps_of(model).keys()
     for losses in found.values():
         assert tuple(losses) == CANDIDATES
         assert list(losses.values()) == sorted(losses.values(), reverse=True)
@@ -113,7 +95,7 @@ def test_more_bits_lose_less(model: LayeredModel, tokens: torch.Tensor) -> None:
 
 
 def test_a_tensor_has_the_losses_of_its_rows(model: LayeredModel, tokens: torch.Tensor) -> None:
-    whole = one_to_one(model)
+    whole = maps_of(model)
     name = f"blk.1.{Q}"
     order = whole[name].row[::-1]
     first, second = (RowMap([(1, Q)], np.zeros(len(rows), np.int32), rows) for rows in np.split(order, [50]))
@@ -142,11 +124,14 @@ def test_some_rows_stand_for_all(model: LayeredModel, tokens: torch.Tensor, monk
 def test_some_layers_stand_for_all(n_layers: int, of_all: bool, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, RowMap]] = []
 
-    def measured(_: object, maps: dict[str, RowMap], *rest: object) -> Losses:
-        seen.append(maps)
-        return {}
+    class Fake:
+        def __init__(self, _: object, maps: dict[str, RowMap], *rest: object) -> None:
+            seen.append(maps)
 
-    monkeypatch.setattr(sensitivity, "measure", measured)
+        def losses(self, *_: object) -> Losses:
+            return {}
+
+    monkeypatch.setattr(sensitivity, "Measurement", Fake)
     maps = {f"blk.{i}.q": RowMap.whole((i, Q), 64) for i in range(n_layers)}
     maps["token_embd.weight"] = RowMap.whole((OUTSIDE, Matrix("token_embd.weight")), 64)
     source = SimpleNamespace(tensors=(), origin=SimpleNamespace(name="tiny"))
@@ -169,7 +154,7 @@ def test_some_layers_stand_for_all(n_layers: int, of_all: bool, chosen: int, mon
 def test_experts_without_tokens_count_like_the_others(tmp_path: Path) -> None:
     model = LayeredModel(make_checkpoint(tmp_path / "mixtral", "Mixtral"))
     one_word = torch.full((4, 32), 5)  # all tokens are alike, and go to the same two of four experts
-    maps = one_to_one(model)
+    maps = maps_of(model)
     found = measured(model, one_word, maps)
     for index in range(2):
         name = f"blk.{index}.mlp.experts.down_proj"
@@ -213,14 +198,15 @@ def test_same_seed_same_losses(
 
 
 def test_kept_losses_are_used_once_all_are_there(model: LayeredModel, tokens: torch.Tensor) -> None:
-    maps = one_to_one(model)
+    maps = maps_of(model)
     steps: list[str] = []
     store = store_of(model, tokens, maps, 0)
-    first = measure(model, maps, {}, tokens, 0, CANDIDATES, store, MEMORY, steps.append)
+    measurement = Measurement(model, maps, {}, tokens, 0, CANDIDATES, steps.append)
+    first = measurement.losses(store, MEMORY)
     assert steps
     steps.clear()
-    assert measure(model, maps, {}, tokens, 0, CANDIDATES, store, MEMORY, steps.append) == first
+    assert measurement.losses(store, MEMORY) == first
     assert not steps
     (store.entry.folder / "layer-0001.safetensors").unlink()
-    assert measure(model, maps, {}, tokens, 0, CANDIDATES, store, MEMORY, steps.append) == first
+    assert measurement.losses(store, MEMORY) == first
     assert steps

@@ -26,7 +26,7 @@ from tritconv.sources.source import Source, Value
 from tritconv.workers import Workers, all_cores
 from tritconv.writer import Header, Written, file_bytes, write, write_outline
 from tritcore import loads, sizes
-from tritcore.console import byte_bar, err, note, one_line
+from tritcore.console import byte_bar, err, note, one_line, status
 from tritcore.errors import TritError, UsageError
 from tritcore.format import FORMAT_VERSION
 from tritcore.gguf_header import name_of_model, read_model_file
@@ -104,7 +104,7 @@ def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = No
     with _joined(job) as ranks, job.output(model, ranks) as output:
         folder = find_checkpoint(source, revision)
         from_hub = folder != Path(source).expanduser()  # a snapshot's folder is named after its commit
-        with _status("mapping the checkpoint"):
+        with status("mapping the checkpoint"):
             from tritconv.sources.mapped import open_checkpoint  # takes seconds to load
 
             _use_threads(job)
@@ -157,7 +157,7 @@ def _started(
     """The plan with all that the values say, the method, and a description of the calibration, if there is one."""
     is_free = job.method is None
     if is_free or not job.needs_text:
-        with _status("looking for lattices of trits"):
+        with status("looking for lattices of trits"):
             plan = plan.with_lattices(source.tensors)
     if is_free:
         job = _affordable(source, plan, job)
@@ -268,8 +268,8 @@ def _losses(context: "Context", types: Sequence[GGMLQuantizationType], *, of_all
     """The predicted losses of the tensors that are reached. Args: as `sensitivities` has them."""
     from tritconv.methods.gptq.sensitivity import sensitivities
 
-    with _status("what each type costs") as status:
-        return sensitivities(context, types, getattr(status, "update", lambda _: None), of_all=of_all)
+    with status("what each type costs") as say:
+        return sensitivities(context, types, say, of_all=of_all)
 
 
 def _use_threads(job: Job) -> None:
@@ -295,7 +295,7 @@ def _checked(budget: Budget, source: Source, plan: Plan) -> Budget:
 
 def _check_outline(source: Source, plan: Plan, output: Output) -> None:
     """See, before the work, that the disk holds the file to come and llama.cpp would load it. Raises TritError."""
-    with _status("asking llama.cpp"):
+    with status("asking llama.cpp"):
         metadata = {**source.metadata, **_own_metadata(source, plan, None, ())}
         size = write_outline(Header(source.architecture, metadata, source.tensors, ()), plan, output.partial)
         if size >= _LARGE:
@@ -339,11 +339,6 @@ def _list_of_types(source: Source, plan: Plan) -> dict[str, Value]:
 
 def _texts(values: Iterable[str]) -> Value:
     return Value(list(values), GGUFValueType.ARRAY, GGUFValueType.STRING)
-
-
-def _status(what: str) -> AbstractContextManager[object]:
-    """Shows what is done, on a terminal."""
-    return err.status(what) if err.is_terminal else nullcontext()
 
 
 class _Bar:

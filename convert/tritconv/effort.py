@@ -18,6 +18,7 @@ from tritconv.calibration.context import least_memory
 from tritconv.calibration.model import fast_precision
 from tritconv.calibration.outputs import MOST_ROWS, n_with_gradients
 from tritconv.methods import MethodName
+from tritconv.methods.gptq.sensitivity import LOSS_TOKENS
 from tritconv.plan import Plan
 from tritconv.sources.source import Kind, Source
 
@@ -63,6 +64,47 @@ class _Matrices:
     has_own_inputs: bool
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What there is to quantize.
+
+    Attributes:
+        matrices: the tensors of layers that become TRIT.
+        head: weights of the output matrix, which has rows of `width`.
+        outside: weights outside the layers that may become TRIT.
+        loss_tokens: that losses are measured on, for the choice of types.
+    """
+
+    matrices: Sequence[_Matrices]
+    head: int
+    width: int
+    outside: int
+    loss_tokens: int
+
+    @staticmethod
+    def of(source: Source, plan: Plan) -> "_Work":
+        """All of a source."""
+        used = source.metadata.get(f"{source.architecture}.expert_used_count")
+        matrices = []
+        for tensor in source.tensors:
+            if tensor.kind is Kind.MATRIX and plan.choice(tensor).depth is not None:
+                experts = math.prod(tensor.shape[:-2])
+                has_own_inputs = _SAME_INPUTS.match(_LAYER.sub("", tensor.name)) is None
+                per_token = min(experts, int(used.value)) if used is not None else experts
+                rows, n = tensor.shape[-2:]
+                matrices.append(_Matrices(rows, n, experts, per_token, has_own_inputs))
+        outside = [tensor for tensor in source.tensors if tensor.kind in (Kind.OUTPUT, Kind.EMBEDDING)]
+        free = [tensor for tensor in outside if plan.is_free(tensor)]
+        may_be_trit = [tensor for tensor in outside if tensor in free or plan.choice(tensor).depth is not None]
+        return _Work(
+            matrices,
+            max((math.prod(tensor.shape) for tensor in outside), default=0),
+            max((tensor.shape[-1] for tensor in outside), default=0),
+            sum(math.prod(tensor.shape) for tensor in may_be_trit),
+            LOSS_TOKENS if free else 0,
+        )
+
+
 def affordable(
     source: Source, plan: Plan, length: int, n_tokens: int, threads: int, *, calibrates: bool
 ) -> tuple[Effort, list[Effort]]:
@@ -73,69 +115,52 @@ def affordable(
         n_tokens: to calibrate on, at most.
         calibrates: whether there must be a calibration: then the least one is taken, however long it takes.
     """
-    matrices, head, speed = _matrices(source, plan), _head(source), _speed()
+    work, speed = _Work.of(source, plan), _speed()
     better: list[Effort] = []
     for method, tokens in _LADDER:
         if least_memory(source, length, squares=method is MethodName.GPTQ) <= memory.total():
             tokens = min(tokens, n_tokens)
-            effort = Effort(method, tokens, _seconds(method, matrices, tokens, head, speed, threads))
+            effort = Effort(method, tokens, _seconds(method, work, tokens, speed, threads))
             if effort.seconds <= _AFFORDABLE:
                 return effort, better
             better.append(effort)
     if calibrates and better:
         return better.pop(), better
-    return Effort(MethodName.SEARCH, 0, _seconds(MethodName.SEARCH, matrices, 0, 0, speed, threads)), better
+    return Effort(MethodName.SEARCH, 0, _seconds(MethodName.SEARCH, work, 0, speed, threads)), better
 
 
 def predicted(source: Source, plan: Plan, method: MethodName, n_tokens: int, threads: int) -> Effort:
     """What a method takes."""
-    seconds = _seconds(method, _matrices(source, plan), n_tokens, _head(source), _speed(), threads)
+    seconds = _seconds(method, _Work.of(source, plan), n_tokens, _speed(), threads)
     return Effort(method, n_tokens, seconds)
 
 
-def _seconds(
-    method: MethodName, matrices: Sequence[_Matrices], n_tokens: int, head: int, speed: float, threads: int
-) -> float:
-    """Predict. `head`: weights of the output matrix. `speed`: operations a second."""
+def _seconds(method: MethodName, work: _Work, n_tokens: int, speed: float, threads: int) -> float:
+    """Predict. `speed`: operations a second."""
+    matrices = work.matrices
     n_weights = sum(one.experts * one.rows * one.n for one in matrices)
     operations = 0
     if method is not MethodName.SEARCH:
         operations += 2 * n_tokens * sum(one.used * one.rows * one.n for one in matrices)
     if method is MethodName.GPTQ:
-        operations += sum(_of_gptq(one, n_tokens) for one in matrices) + 6 * n_with_gradients(n_tokens) * head
+        operations += sum(_of_gptq(one, n_tokens, min(n_tokens, work.loss_tokens)) for one in matrices)
+        operations += 6 * (n_with_gradients(n_tokens) + min(n_tokens, work.loss_tokens)) * work.head
+        operations += (_SWEEPS + 2) * work.outside * work.width
+        n_weights += work.outside
     return _OVERHEAD * operations / speed + _PER_WEIGHT[method] * n_weights / threads
 
 
-def _of_gptq(one: _Matrices, n_tokens: int) -> int:
+def _of_gptq(one: _Matrices, n_tokens: int, loss_tokens: int) -> int:
     """Operations of gptq for a tensor, besides the full-precision pass."""
     some, row_block = n_with_gradients(n_tokens), min(one.rows, MOST_ROWS)
-    passes = (2 * n_tokens + 8 * some) * one.used * one.rows * one.n  # quantized; gradients: there and back, twice
+    # quantized; gradients: there and back, twice; the losses that choose types: there and back
+    passes = (2 * n_tokens + 8 * some + 8 * loss_tokens) * one.used * one.rows * one.n
     solving = one.experts * one.rows * one.n * ((_SWEEPS + 2) * one.n + row_block)
     moments = some * one.rows * row_block if one.experts == 1 else 0
     if one.has_own_inputs:
         moments += 3 * n_tokens * one.used * one.n**2  # one triangle, and the cross-covariance
         solving += one.experts * one.n**3
     return passes + moments + solving
-
-
-def _matrices(source: Source, plan: Plan) -> list[_Matrices]:
-    """The tensors that become TRIT."""
-    used = source.metadata.get(f"{source.architecture}.expert_used_count")
-    found = []
-    for tensor in source.tensors:
-        if tensor.kind is Kind.MATRIX and plan.choice(tensor).depth is not None:
-            experts = math.prod(tensor.shape[:-2])
-            has_own_inputs = _SAME_INPUTS.match(_LAYER.sub("", tensor.name)) is None
-            per_token = min(experts, int(used.value)) if used is not None else experts
-            rows, n = tensor.shape[-2:]
-            found.append(_Matrices(rows, n, experts, per_token, has_own_inputs))
-    return found
-
-
-def _head(source: Source) -> int:
-    """Weights of the output matrix."""
-    outside = [tensor for tensor in source.tensors if tensor.kind in (Kind.OUTPUT, Kind.EMBEDDING)]
-    return max((math.prod(tensor.shape) for tensor in outside), default=0)
 
 
 @cache

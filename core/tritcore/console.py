@@ -2,6 +2,8 @@
 
 import io
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -53,6 +55,16 @@ def warning(text: str) -> None:
 def error(text: object) -> None:
     """Write an error to stderr, as one line."""
     err.print(f"[bold red]error[/bold red]: {escape(one_line(text))}", soft_wrap=True)
+
+
+@contextmanager
+def status(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is done within the context, on a terminal only. What it gives changes the text."""
+    if not err.is_terminal:
+        yield lambda _: None
+        return
+    with err.status(escape(what)) as shown:
+        yield lambda other: shown.update(escape(other))
 
 
 def byte_bar() -> Progress:

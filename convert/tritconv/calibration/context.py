@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from tritconv.encode import n_bytes
 from tritconv.plan import Plan
 from tritconv.sources.source import Kind, Source
 from tritcore import cache
-from tritcore.console import err, note, share_bar
+from tritcore.console import note, share_bar, status
 from tritcore.errors import TritError
 from tritcore.format import BLOCK_SIZE
 from tritcore.sizes import show
@@ -131,7 +130,7 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
         TritError: transformers cannot load the model, too little of it is reached, or the text will not do.
     """
     origin = source.origin
-    with _status("loading the model"):
+    with status("loading the model"):
         model = LayeredModel(origin.folder, origin.gguf_file)
         for tensor in source.tensors:
             if tensor.kind is Kind.OUTPUT and model.has_tied_head:
@@ -141,7 +140,7 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
         names = ", ".join(tensor.name for tensor in reach.missed)
         note(f"calibration does not reach {names}: by plain search")
     text = fitting(options.text, model)
-    with _status("reading the text"):
+    with status("reading the text"):
         tokens, n_made_up = ranks.from_first(_read(text, model) if ranks.is_first else (torch.empty(0), 0))
     if text.length < options.text.length:
         note(f"the model takes {text.length} tokens at a time: so long are the sequences, not {options.text.length}")
@@ -231,8 +230,3 @@ def least_memory(source: Source, length: int, *, squares: bool = True) -> int:
 def _longest_row(source: Source) -> int:
     """The longest row of a matrix."""
     return max((tensor.shape[-1] for tensor in source.tensors if tensor.kind is Kind.MATRIX), default=0)
-
-
-def _status(what: str) -> AbstractContextManager[Any]:
-    """Shows what is done, on a terminal."""
-    return err.status(what) if err.is_terminal else nullcontext()

@@ -11,7 +11,7 @@ import torch
 from tritconv.calibration.checkpoints import Checkpoints
 from tritconv.calibration.context import Context
 from tritconv.calibration.matrices import Matrix, Recorder
-from tritconv.calibration.model import LayeredModel, batches
+from tritconv.calibration.model import LayeredModel, in_batches
 from tritconv.calibration.passes import Streams
 from tritconv.calibration.ranks import ALONE
 from tritconv.calibration.rows import OUTSIDE
@@ -73,8 +73,7 @@ class TextImportances:
     ) -> Iterator[Mapping[str, np.ndarray]]:
         """As `_run`. The text passes through those of the finished layers again that have left no hidden states."""
         context, model = self._context, self._context.model
-        numbers = torch.arange(len(context.tokens))[:, None].expand(-1, context.tokens.shape[1])
-        streams = Streams(scratch, [part[:, 0].tolist() for part in batches(numbers)])
+        streams = Streams(scratch, in_batches(range(len(context.tokens)), context.tokens.shape[1]))
         checkpoints = Checkpoints(store, ALONE, model.n_layers)
         first = checkpoints.last_layer(len(streams.batches), n_finished)
         self._say("embeddings")

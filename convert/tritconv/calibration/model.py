@@ -451,7 +451,17 @@ class LayeredModel:
 
 def batches(hidden: torch.Tensor) -> Iterator[torch.Tensor]:
     """Hidden states (sequences, length, width), some sequences at a time."""
-    yield from hidden.split(max(1, BATCH_TOKENS // hidden.shape[1]))
+    yield from hidden.split(_at_a_time(hidden.shape[1]))
+
+
+def in_batches(numbers: Sequence[int], length: int) -> list[list[int]]:
+    """The numbers of sequences of `length` tokens, as many at a time as `batches` gives."""
+    at_a_time = _at_a_time(length)
+    return [list(numbers[first : first + at_a_time]) for first in range(0, len(numbers), at_a_time)]
+
+
+def _at_a_time(length: int) -> int:
+    return max(1, BATCH_TOKENS // length)
 
 
 def _to(value: Any, device: torch.device) -> Any:

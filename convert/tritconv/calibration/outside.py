@@ -11,6 +11,7 @@ independent is an approximation, as in K-FAC (Martens and Grosse, 2015, arXiv:15
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tritconv.calibration.moments import add_squares, complete
@@ -104,14 +105,42 @@ class OutsideMatrix:
             if len(rows):
                 yield rows.sort().values, f[rows].mean() * moments.gradients + v[rows].mean() * moments.inputs
 
-    def loss(self, error: torch.Tensor, first: int, moments: OutsideMoments) -> float:
-        """What errors cost, in nats per token.
+    def losses(self, error: torch.Tensor, rows: torch.Tensor, moments: OutsideMoments) -> torch.Tensor:
+        """What errors cost, in nats per token: float32 (some rows,).
 
         Args:
             error: of rows, float32 (some rows, width).
-            first: the number of the first of them.
+            rows: the numbers of these rows.
         """
-        rows = slice(first, first + len(error))
         f, v = self.weights(moments)
         parts = ((f[rows], moments.gradients), (v[rows], moments.inputs))
-        return sum(float(((error @ hessian) * error).sum(dim=1) @ weight) for weight, hessian in parts) / 2
+        return sum(((error @ hessian) * error).sum(dim=1) * weight for weight, hessian in parts) / 2
+
+    def sample(self, values: np.ndarray, moments: OutsideMoments, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows that stand for all when it comes to losses.
+
+        They are drawn with a probability in proportion to the loss that they would have without any weights, by
+        systematic sampling (Madow, 1949).
+
+        Args:
+            values: (rows, n).
+            count: rows to draw, some of them more than once. If there are no more, each comes once.
+
+        Returns:
+            The numbers of the rows, and what to multiply their losses by for a sum that stands for all rows.
+        """
+        if self.n_rows <= count:
+            return torch.arange(self.n_rows), torch.ones(self.n_rows)
+        f, v = self.weights(moments)
+        squares = np.concatenate(
+            [
+                np.square(values[first : first + count], dtype=np.float32).sum(axis=1)
+                for first in range(0, len(values), count)
+            ]
+        )
+        shares = (f * moments.gradients.trace() + v * moments.inputs.trace()).double() * torch.from_numpy(squares)
+        shares /= shares.sum()
+        points = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        drawn = torch.searchsorted(shares.cumsum(0), points).clamp_(max=self.n_rows - 1)
+        rows, times = drawn.unique(return_counts=True)
+        return rows, (times / (count * shares[rows])).float()

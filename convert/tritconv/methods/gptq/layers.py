@@ -16,7 +16,7 @@ import torch
 from tritconv.calibration.checkpoints import Checkpoints
 from tritconv.calibration.lender import ReadRows
 from tritconv.calibration.matrices import Matrix, stages
-from tritconv.calibration.model import LayeredModel, batches
+from tritconv.calibration.model import LayeredModel, in_batches
 from tritconv.calibration.moments import Moments
 from tritconv.calibration.outputs import OutputMoments, UpstreamGradients, some_sequences
 from tritconv.calibration.outside import OutsideMatrix, OutsideMoments
@@ -177,13 +177,8 @@ class LayerQuantizer:
         chosen = some_sequences(tokens)
         others = [number for number in range(len(tokens)) if number not in set(chosen)]
         mine = self._ranks.share_of([*chosen, *others])
-        looked_at, rest = (
-            [part[:, 0].tolist() for part in batches(torch.tensor(some)[:, None].expand(-1, tokens.shape[1]))]
-            if some
-            else []
-            for some in ([n for n in mine if n in set(chosen)], [n for n in mine if n not in set(chosen)])
-        )
-        return looked_at, rest
+        looked_at, rest = [n for n in mine if n in set(chosen)], [n for n in mine if n not in set(chosen)]
+        return in_batches(looked_at, tokens.shape[1]), in_batches(rest, tokens.shape[1])
 
     def _wanted(self, index: int) -> dict[Matrix, int]:
         """The matrices of a layer to quantize, with their depths."""

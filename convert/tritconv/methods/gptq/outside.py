@@ -24,6 +24,13 @@ def reader(data: np.ndarray, depth: int) -> ReadRows:
     return lambda rows: torch.from_numpy(ggml.dequantize(data[np.asarray(rows)], TRIT_TYPE[depth]))
 
 
+def holds(values: np.ndarray, depth: int) -> bool:
+    """Whether a type can hold float16 or float32 (rows, n)."""
+    step = _step(values)
+    parts = (values[first : first + step].astype(np.float32, copy=False) for first in range(0, len(values), step))
+    return ggml.reaches(depth, [ggml.measure_reach(part, depth) for part in parts])
+
+
 def quantize_outside(
     values: np.ndarray,
     depth: int,
@@ -43,10 +50,9 @@ def quantize_outside(
     Returns:
         uint8 (rows, bytes per row), and whether any row went by weighted search; None where the type cannot hold them.
     """
-    step = max(1, _WEIGHTS // values.shape[1])
-    parts = (values[first : first + step].astype(np.float32, copy=False) for first in range(0, len(values), step))
-    if not ggml.reaches(depth, [ggml.measure_reach(part, depth) for part in parts]):
+    if not holds(values, depth):
         return None
+    step = _step(values)
     data = np.empty((len(values), values.shape[1] // BLOCK_SIZE * BYTES_PER_BLOCK[depth]), dtype=np.uint8)
     searched = False
     for rows, hessian in matrix.classes(moments):
@@ -65,3 +71,8 @@ def quantize_outside(
                 except RangeError:
                     return None
     return data, searched
+
+
+def _step(values: np.ndarray) -> int:
+    """The rows of (rows, n) to work on at a time."""
+    return max(1, _WEIGHTS // values.shape[1])

@@ -30,18 +30,18 @@ from tritconv.calibration.scratch import Scratch
 from tritconv.calibration.store import LayerStore
 from tritconv.methods.gptq.columns import ColumnLoop
 from tritconv.methods.gptq.matrix import Solver
-from tritconv.methods.gptq.outside import quantize_outside
+from tritconv.methods.gptq.outside import holds
 from tritcore import encoder, ggml
 from tritcore.errors import NotFiniteError, RangeError
 from tritcore.files import sha256_of_bytes
 from tritcore.format import BLOCK_SIZE
 from tritcore.gguf_types import DEPTH_OF_TYPE
 
-_TOKENS = 4096  # enough to tell the matrices apart
+LOSS_TOKENS = 4096  # enough to tell the matrices apart
 _SEEN = 0.75  # the share of them that gptq sees
 _SOME_ROWS = 512  # of a tensor's share of a matrix
 _SOME_LAYERS = 8  # that stand for all
-_ROWS = 4096  # of a matrix outside the layers, whose errors are in memory at a time
+_SOME_OUTSIDE = 8192  # rows of a matrix outside the layers
 _OUTSIDE = "outside"  # the kind, in the store, of what lies outside the layers
 
 Types = Sequence[GGMLQuantizationType]
@@ -67,11 +67,8 @@ def sensitivities(context: Context, types: Types, progress: Progress, *, of_all:
     loads = {tensor.name: tensor.load for tensor in context.source.tensors}
     outside = {name: (matrix, loads[name]) for name, matrix in context.outside.items()}
     store = context.store("sensitivity", matrices=origins(layers, types))
-    return context.ranks.from_first(
-        measure(
-            context.model, layers, outside, context.tokens, context.inputs.seed, types, store, context.memory, progress
-        )
-    )
+    measurement = Measurement(context.model, layers, outside, context.tokens, context.inputs.seed, types, progress)
+    return context.ranks.from_first(measurement.losses(store, context.memory))
 
 
 def origins(tensors: Mapping[str, RowMap], types: Types) -> tuple[tuple[str, str], ...]:
@@ -85,51 +82,7 @@ def _digest(rows: RowMap) -> str:
     return sha256_of_bytes(places.encode(), rows.place.tobytes(), rows.row.tobytes())
 
 
-def measure(
-    model: LayeredModel,
-    tensors: Mapping[str, RowMap],
-    outside: Outside,
-    tokens: torch.Tensor,
-    seed: int,
-    types: Types,
-    store: LayerStore,
-    memory: int,
-    progress: Progress,
-) -> Losses:
-    """The predicted losses of tensors, in nats per token, in each type that can hold them.
-
-    Args:
-        tensors: of the layers by name, where their rows come from.
-        outside: tensors outside the layers, by name.
-        tokens: int64 (sequences, length). Some of the sequences are used.
-        seed: of the labels.
-        types: of the layers; what lies outside may have any of `CANDIDATES`.
-        store: has the losses, or gets them.
-        memory: bytes for hidden states; those that take more are in a file.
-
-    Returns:
-        By tensor and type. A tensor that no token reached is left out, as is one whose rows are no multiple of 64.
-    """
-    layers = range(model.n_layers)
-    kept = {index: store.load(index) for index in layers}
-    kept[OUTSIDE] = store.load(0, _OUTSIDE)
-    if None in kept.values():
-        scratch = Scratch(memory, store.entry.folder)
-        try:
-            for index, losses in _Measurement(model, tensors, outside, tokens, seed, types, progress).run(scratch):
-                store.save(max(index, 0), losses, _OUTSIDE if index == OUTSIDE else "layer")
-                kept[index] = losses
-        finally:
-            scratch.close()
-    return {
-        name: {qtype: loss for qtype, loss in zip(some, losses.tolist(), strict=True) if math.isfinite(loss)}
-        for some, numbers in ((CANDIDATES, [OUTSIDE]), (types, layers))
-        for index in numbers
-        for name, losses in (kept[index] or {}).items()
-    }
-
-
-class _Measurement:
+class Measurement:
     """Weighs the errors of the matrices' products by the gradients for them."""
 
     def __init__(
@@ -142,7 +95,16 @@ class _Measurement:
         types: Types,
         progress: Progress,
     ) -> None:
-        some = range(0, len(tokens), stride(tokens, _TOKENS))
+        """Prepare.
+
+        Args:
+            tensors: of the layers by name, where their rows come from.
+            outside: tensors outside the layers, by name.
+            tokens: int64 (sequences, length). Some of the sequences are used.
+            seed: of the labels.
+            types: of the layers; what lies outside may have any of `CANDIDATES`.
+        """
+        some = range(0, len(tokens), stride(tokens, LOSS_TOKENS))
         self._model = model
         self._all_tokens, self._tokens = tokens, tokens[some]
         self._draws = draw(tokens, seed)[some]
@@ -156,7 +118,35 @@ class _Measurement:
             for number, place in enumerate(rows.places):
                 self._rows[place][name] = rows.row[rows.place == number]
 
-    def run(self, scratch: Scratch) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    def losses(self, store: LayerStore, memory: int) -> Losses:
+        """The predicted losses of the tensors, in nats per token, in each type that can hold them.
+
+        Args:
+            store: has the losses, or gets them.
+            memory: bytes for hidden states; those that take more are in a file.
+
+        Returns:
+            By tensor and type. A tensor that no token reached is left out, as is one whose rows are no multiple of 64.
+        """
+        layers = range(self._model.n_layers)
+        kept = {index: store.load(index) for index in layers}
+        kept[OUTSIDE] = store.load(0, _OUTSIDE)
+        if None in kept.values():
+            scratch = Scratch(memory, store.entry.folder)
+            try:
+                for index, losses in self._run(scratch):
+                    store.save(max(index, 0), losses, _OUTSIDE if index == OUTSIDE else "layer")
+                    kept[index] = losses
+            finally:
+                scratch.close()
+        return {
+            name: {qtype: loss for qtype, loss in zip(some, losses.tolist(), strict=True) if math.isfinite(loss)}
+            for some, numbers in ((CANDIDATES, [OUTSIDE]), (self._types, layers))
+            for index in numbers
+            for name, losses in (kept[index] or {}).items()
+        }
+
+    def _run(self, scratch: Scratch) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Layers, the last one first, then what lies outside: float64 by tensor and type, NaN where it does not fit."""
         model, moments = self._model, None
         if self._outside:
@@ -239,22 +229,32 @@ class _Measurement:
         return losses / (2 * self._tokens.numel())
 
     def _of_outside(self, matrix: OutsideMatrix, load: Callable[[], np.ndarray], moments: OutsideMoments) -> np.ndarray:
-        """float64 (candidates,)."""
+        """float64 (candidates,). Some rows stand for all."""
         values = load()
+        rows, factors = matrix.sample(values, moments, _SOME_OUTSIDE)
+        fitting = [
+            number
+            for number, qtype in enumerate(CANDIDATES)
+            if (depth := DEPTH_OF_TYPE.get(qtype)) is None or holds(values, depth)
+        ]
         losses = np.full(len(CANDIDATES), np.nan)
-        for number, qtype in enumerate(CANDIDATES):
-            depth = DEPTH_OF_TYPE.get(qtype)
-            data = None
-            if depth is not None:
-                found = quantize_outside(values, depth, matrix, moments, self._model, self._loop, ALONE)
-                if found is None:
-                    continue
-                data = found[0]
-            losses[number] = 0.0
-            for first in range(0, len(values), _ROWS):
-                part = values[first : first + _ROWS].astype(np.float32)
-                stored = ggml.quantize(part, qtype) if data is None else data[first : first + _ROWS]
-                losses[number] += matrix.loss(torch.from_numpy(ggml.dequantize(stored, qtype) - part), first, moments)
+        losses[fitting] = 0.0
+        for members, hessian in matrix.classes(moments):
+            drawn = torch.isin(rows, members)
+            mine = rows[drawn]
+            if not len(mine):
+                continue
+            weights = torch.from_numpy(values[mine.numpy()].astype(np.float32)).to(self._model.device)
+            importance = hessian.diagonal().numpy().copy()
+            of_inputs = Moments(hessian.to(self._model.device), n_tokens=int(moments.counts.max()))
+            solver = Solver(of_inputs, self._model.product_type, self._loop)
+            for number in fitting:
+                stored = _by_gptq(solver, weights, CANDIDATES[number], importance)
+                if stored is None:
+                    losses[number] = np.nan
+                else:
+                    error = stored - weights.cpu()
+                    losses[number] += float(matrix.losses(error, mine, moments) @ factors[drawn])
         return losses
 
 
