@@ -95,7 +95,7 @@ TRIT_TARGET void TRIT_FN(search_pass)(const struct trit_lattice * lat, const flo
     }
     refused = v_select(v_lt(finite, one), refused, one);
 
-    const V first = v_min(v_max(v_sub(top_min, one), zero), v_set1((float) TRIT_POS_LAST));
+    const V first = v_min(v_max(v_sub(top_min, one), zero), v_set1((float) (TRIT_POS_LAST - 5)));
     const V last  = v_max(v_min(v_add(top_max, v_set1((float) lat->search_depth)), v_set1((float) (TRIT_N_POS - 1))), v_set1((float) TRIT_POS_ANCHOR));
     const M plain = v_lt(refused, v_min(one, v_sub(positions, top_min))); // neither refused nor zeros
     const V steps = v_select(plain, v_add(v_sub(last, first), one), zero);

@@ -303,8 +303,8 @@ static bool search_scales(const struct trit_lattice * lat, const float * x, cons
 
     // Candidates: from one position above the clipping point of the largest group to some below that of the
     // smallest group; they include every compromise between groups that do not reach each other's scales.
-    // A block below the range has the last anchor.
-    const int first = MIN(MAX(top_min - 1, 0), TRIT_POS_LAST);
+    // The last anchor, which is that of a block below the range, ties the classes: each is there twice without clipping.
+    const int first = MIN(MAX(top_min - 1, 0), TRIT_POS_LAST - 5);
     const int last  = MAX(MIN(top_max + lat->search_depth, TRIT_N_POS - 1), TRIT_POS_ANCHOR);
     float error[NG_TRIT][TRIT_N_POS];
     for (int g = 0; g < NG_TRIT; ++g) {
