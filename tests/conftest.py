@@ -1,10 +1,18 @@
 """Fixtures that several test files share."""
 
+import signal
 from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint, smollm2_checkpoint, to_f16_gguf
 from tiny_gguf import write_tiny_model
+
+
+def pytest_configure() -> None:
+    """Undo what nohup and a shell's background jobs do: tests send these signals, and children would ignore them."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")

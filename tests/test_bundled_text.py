@@ -11,17 +11,17 @@ import pytest
 from tritconv.calibration import bundled
 from tritconv.calibration.text import render
 
-FOLDER = bundled._PATH.parent
+FOLDER = bundled.PATH.parent
 
 
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
-    with bundled._PATH.open(encoding="utf-8") as file:
+    with bundled.PATH.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def test_about_a_megabyte_of_many_kinds(records: list[dict[str, Any]]) -> None:
-    assert 0.9e6 < bundled._PATH.stat().st_size < 1.2e6
+    assert 0.9e6 < bundled.PATH.stat().st_size < 1.2e6
     assert len(records) > 300
     assert sum("messages" in record for record in records) > 50
     assert len({record["source"] for record in records}) > 30
