@@ -51,9 +51,8 @@ def main() -> None:
     folder = options.output / "quick" if options.quick else options.output
     folder.mkdir(parents=True, exist_ok=True)
     name = _BASE[options.no_noise]
-    base, checkpoint, imatrix = (folder / f"{name}-{what}" for what in ("F16.gguf", "hf", "imatrix.gguf"))
-    noise = ["--no-noise"] if options.no_noise else []
-    make([base, checkpoint / "model.safetensors"], [_DITHER, "-o", folder, *noise], [_SOURCE], run)
+    imatrix = folder / f"{name}-imatrix.gguf"
+    base, checkpoint = make_base(folder, noise=not options.no_noise)
     chunks = ["--chunks", 2] if options.quick else []
     importance = [find_tool("llama-imatrix"), "-m", base, "-f", options.calibrate, "-o", imatrix, *chunks]
     make([imatrix], importance, [base, options.calibrate], run)
@@ -86,6 +85,15 @@ def main() -> None:
         ]
     )
     print(as_markdown(json.loads(report.read_text(encoding="utf-8"))["models"]))
+
+
+def make_base(folder: Path, *, noise: bool = True) -> tuple[Path, Path]:
+    """Make the base of all comparisons in `folder`: a file in F16, and the same as a checkpoint. Raises TritError."""
+    name = _BASE[not noise]
+    base, checkpoint = folder / f"{name}-F16.gguf", folder / f"{name}-hf"
+    command = [_DITHER, "-o", folder, *([] if noise else ["--no-noise"])]
+    make([base, checkpoint / "model.safetensors"], command, [_SOURCE], run)
+    return base, checkpoint
 
 
 def _across(

@@ -6,16 +6,13 @@
 Makes the base without a lattice (dither.py) and TRIT2 files of it by gptq, calibrated on the text of tritconv, on the
 text given, on both together, and on half as much of the first with as much that the model writes itself. They are
 compared on the other text given, on modules of Python's standard library and on the dialogues of the chatterbot-corpus
-package. What the same programs have made already from the same files is not made again. Takes about an hour on two
-cores.
+package. What the same programs have made already from the same files is not made again.
 """
 
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -26,10 +23,13 @@ import yaml
 from command import exit_status
 from made import make
 from programs import BUILD, ROOT
-from quality import run
+from quality import make_base, run
 from tritconv.calibration.bundled import PATH as BUNDLED
 from tritcore.console import out
 from tritcore.errors import TritError
+
+sys.path.insert(0, str(ROOT / "models"))
+from fetch import FetchError, download
 
 _DIALOGUES = "chatterbot-corpus==1.3.3"
 _MODULES = (
@@ -44,8 +44,6 @@ _MODULES = (
     "pickle",
     "typing",
 )
-_DITHER = ROOT / "bench" / "dither.py"
-_SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
@@ -53,8 +51,7 @@ def main() -> None:
     options = _options()
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    base, checkpoint = folder / "base-F16.gguf", folder / "base-hf"
-    make([base, checkpoint / "model.safetensors"], [_DITHER, "-o", folder], [_SOURCE], run)
+    base, checkpoint = make_base(folder)
     half = options.tokens // 2
     given = options.calibrate
     calibrations: dict[str, list[object]] = {
@@ -83,7 +80,7 @@ def _programs() -> str:
     for name in _MODULES:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
-            raise TritError(f"{sysconfig.get_path('stdlib')}: no module {name}: use another Python")
+            raise TritError(f"this Python has no module {name}: use another one")
         sources.append(Path(found.origin).read_text(encoding="utf-8"))
     return "\n\n".join(sources)
 
@@ -91,10 +88,10 @@ def _programs() -> str:
 def _dialogues() -> str:
     """The English conversations of a package, one remark in a line. Raises TritError."""
     with tempfile.TemporaryDirectory() as name:
-        pip = [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--dest", name, _DIALOGUES]
-        if subprocess.run(pip, check=False).returncode:
-            raise TritError(f"{_DIALOGUES}: pip cannot download it: see above")
-        (wheel,) = Path(name).iterdir()
+        try:
+            wheel = download(_DIALOGUES, Path(name))
+        except FetchError as error:
+            raise TritError(str(error)) from error
         with zipfile.ZipFile(wheel) as archive:
             members = sorted(path for path in archive.namelist() if "/english/" in path and path.endswith(".yml"))
             parts = [yaml.safe_load(archive.read(member))["conversations"] for member in members]
@@ -105,20 +102,16 @@ def _dialogues() -> str:
 def _divergences(base: Path, text: Path, files: Mapping[str, Path], chunks: int, folder: Path) -> dict[str, str]:
     """Mean KL divergence of each file from the base, on a text. Raises TritError."""
     report = folder / f"on-{text.stem}.json"
-    labels = {str(number): path for number, path in enumerate(files.values())}
     run(
         [
             *("-m", "tritrun", "compare", "--base", base, "--text", text, "--work", folder / f"work-{text.stem}"),
             *("--chunks", chunks, "--no-speed", "--json", report),
-            *(f"{label}={path}" for label, path in labels.items()),
+            *(f"{label}={path}" for label, path in files.items()),
         ]
     )
     rows = json.loads(report.read_text(encoding="utf-8"))["models"]
-    by_label = {row["label"]: row["divergence"]["mean"] for row in rows if row["divergence"]}
-    return {
-        name: f"{by_label[label]['value']:.4f} ± {by_label[label]['error']:.4f}"
-        for name, label in zip(files, labels, strict=True)
-    }
+    means = {row["label"]: row["divergence"]["mean"] for row in rows if row["divergence"]}
+    return {label: f"{means[label]['value']:.4f} ± {means[label]['error']:.4f}" for label in files}
 
 
 def _table(files: list[str], found: Mapping[str, Mapping[str, str]]) -> str:

@@ -95,7 +95,7 @@ class _Work:
                 matrices.append(_Matrices(rows, n, experts, per_token, has_own_inputs))
         outside = [tensor for tensor in source.tensors if tensor.kind in (Kind.OUTPUT, Kind.EMBEDDING)]
         free = [tensor for tensor in outside if plan.is_free(tensor)]
-        may_be_trit = [tensor for tensor in outside if tensor in free or plan.choice(tensor).depth is not None]
+        may_be_trit = [one for one in outside if plan.is_free(one) or plan.choice(one).depth is not None]
         return _Work(
             matrices,
             max((math.prod(tensor.shape) for tensor in outside), default=0),

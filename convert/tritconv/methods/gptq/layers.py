@@ -175,9 +175,9 @@ class LayerQuantizer:
                 f"{len(tokens)} sequences are too few for {self._ranks.size} processes: give more text, or start fewer"
             )
         chosen = some_sequences(tokens)
-        others = [number for number in range(len(tokens)) if number not in set(chosen)]
-        mine = self._ranks.share_of([*chosen, *others])
-        looked_at, rest = [n for n in mine if n in set(chosen)], [n for n in mine if n not in set(chosen)]
+        among = set(chosen)
+        mine = self._ranks.share_of([*chosen, *(number for number in range(len(tokens)) if number not in among)])
+        looked_at, rest = [n for n in mine if n in among], [n for n in mine if n not in among]
         return in_batches(looked_at, tokens.shape[1]), in_batches(rest, tokens.shape[1])
 
     def _wanted(self, index: int) -> dict[Matrix, int]:

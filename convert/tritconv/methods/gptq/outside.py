@@ -1,5 +1,7 @@
 """gptq for the matrices outside the layers. Their rows are independent, and there are many of them."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -31,6 +33,16 @@ def holds(values: np.ndarray, depth: int) -> bool:
     return ggml.reaches(depth, [ggml.measure_reach(part, depth) for part in parts])
 
 
+def solvers(
+    matrix: OutsideMatrix, moments: OutsideMoments, model: LayeredModel, loop: ColumnLoop, ranks: Ranks
+) -> Iterator[tuple[torch.Tensor, Solver, np.ndarray]]:
+    """Of each class of rows: their numbers, what quantizes them, and the importances of the columns, float32 (n,)."""
+    for rows, hessian in matrix.classes(moments):
+        importance = hessian.diagonal().numpy().copy()  # the solver damps the Hessian
+        of_inputs = Moments(hessian.to(model.device), n_tokens=int(moments.counts.max()))
+        yield rows, Solver(of_inputs, model.product_type, loop, ranks), importance
+
+
 def quantize_outside(
     values: np.ndarray,
     depth: int,
@@ -55,10 +67,7 @@ def quantize_outside(
     step = _step(values)
     data = np.empty((len(values), values.shape[1] // BLOCK_SIZE * BYTES_PER_BLOCK[depth]), dtype=np.uint8)
     searched = False
-    for rows, hessian in matrix.classes(moments):
-        importance = hessian.diagonal().numpy().copy()
-        of_inputs = Moments(hessian.to(model.device), n_tokens=int(moments.counts.max()))
-        solver = Solver(of_inputs, model.product_type, loop, ranks)
+    for rows, solver, importance in solvers(matrix, moments, model, loop, ranks):
         for some in rows.split(step):
             weights = values[some.numpy()].astype(np.float32)
             try:

@@ -30,7 +30,7 @@ from tritconv.calibration.scratch import Scratch
 from tritconv.calibration.store import LayerStore
 from tritconv.methods.gptq.columns import ColumnLoop
 from tritconv.methods.gptq.matrix import Solver
-from tritconv.methods.gptq.outside import holds
+from tritconv.methods.gptq.outside import holds, solvers
 from tritcore import encoder, ggml
 from tritcore.errors import NotFiniteError, RangeError
 from tritcore.files import sha256_of_bytes
@@ -206,6 +206,9 @@ class Measurement:
         x, g = inputs[n_seen:], output_gradients[n_seen:, at]
         losses = {name: np.full(len(self._types), np.nan) for name in rows}
         for number, qtype in enumerate(self._types):
+            depth = DEPTH_OF_TYPE.get(qtype)
+            if depth is not None and not encoder.reaches(weights.cpu().numpy(), depth):
+                continue
             stored = _by_gptq(solver, weights, qtype, importance)
             if stored is not None:
                 error = stored.to(weights.device) - weights
@@ -239,15 +242,12 @@ class Measurement:
         ]
         losses = np.full(len(CANDIDATES), np.nan)
         losses[fitting] = 0.0
-        for members, hessian in matrix.classes(moments):
+        for members, solver, importance in solvers(matrix, moments, self._model, self._loop, ALONE):
             drawn = torch.isin(rows, members)
             mine = rows[drawn]
             if not len(mine):
                 continue
             weights = torch.from_numpy(values[mine.numpy()].astype(np.float32)).to(self._model.device)
-            importance = hessian.diagonal().numpy().copy()
-            of_inputs = Moments(hessian.to(self._model.device), n_tokens=int(moments.counts.max()))
-            solver = Solver(of_inputs, self._model.product_type, self._loop)
             for number in fitting:
                 stored = _by_gptq(solver, weights, CANDIDATES[number], importance)
                 if stored is None:
@@ -261,13 +261,11 @@ class Measurement:
 def _by_gptq(
     solver: Solver, weights: torch.Tensor, qtype: GGMLQuantizationType, importance: np.ndarray
 ) -> torch.Tensor | None:
-    """The values that a type has for weights, both float32 (rows, n); None where it cannot hold them."""
+    """The values that a type has for weights, both float32 (rows, n); None where they lie above its range."""
     depth = DEPTH_OF_TYPE.get(qtype)
     values = weights.cpu().numpy()
     if depth is None:
         return torch.from_numpy(_by_search(values, qtype, importance))
-    if not encoder.reaches(values, depth):
-        return None
     try:
         blocks = solver.quantize(weights.T.contiguous(), depth).blocks
     except (RangeError, NotFiniteError):
