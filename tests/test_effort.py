@@ -14,7 +14,7 @@ from tritconv.plan import Plan
 from tritconv.sources.source import Origin, Source, SourceTensor, Value, kind_of
 
 PLAN = Plan(2, Type.Q8_0, Type.Q8_0, Type.Q8_0)
-LENGTH, TOKENS, THREADS = 512, 65536, 2
+LENGTH, TOKENS, THREADS = 512, 262144, 2
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,10 @@ def chosen(source: Source, n_tokens: int = TOKENS, *, calibrates: bool = False) 
 
 
 def test_the_larger_the_model_the_less_is_done() -> None:
-    assert chosen(source_of(512, 8)) == ("gptq", 65536, [])
-    assert chosen(source_of(1280, 28)) == ("gptq", 16384, ["gptq"])
-    assert chosen(source_of(2304, 32)) == ("imatrix", 32768, ["gptq", "gptq"])
+    assert chosen(source_of(512, 8)) == ("gptq", 262144, [])
+    assert chosen(source_of(768, 12)) == ("gptq", 131072, ["gptq"])
+    assert chosen(source_of(1280, 28)) == ("gptq", 16384, 4 * ["gptq"])
+    assert chosen(source_of(2304, 32)) == ("imatrix", 32768, 5 * ["gptq"])
     assert chosen(source_of(8192, 80))[0] == "search"
 
 

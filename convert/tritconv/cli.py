@@ -126,7 +126,7 @@ class ConversionOptions:
             min=256,
             metavar="N",
             help="Tokens to calibrate on, at most.",
-            show_default="65536; with --method tune 262144",
+            show_default="262144, or less to stay within an hour; with --method gptq and imatrix 65536",
         ),
     ] = None
     calib_own: Annotated[
@@ -404,7 +404,7 @@ def _importances(path: Path | None) -> "Importances | None":
 
 
 _TOKENS = 65536
-_TOKENS_OF_TUNE = 262144
+_MOST_TOKENS = 262144
 
 
 def _calibration(
@@ -421,7 +421,8 @@ def _calibration(
     from tritconv.calibration.text import TextOptions
 
     is_tune = method is MethodName.TUNE
-    n_tokens, length = options.calib_tokens or (_TOKENS_OF_TUNE if is_tune else _TOKENS), options.calib_seq
+    most = _MOST_TOKENS if is_tune or method is None else _TOKENS
+    n_tokens, length = options.calib_tokens or most, options.calib_seq
     if n_tokens < length:
         raise UsageError(
             f"--calib-tokens {n_tokens} is less than one sequence of {length} tokens: raise it, or lower --calib-seq"

@@ -187,7 +187,7 @@ def _affordable(source: Source, plan: Plan, job: Job) -> Job:
         source, plan, text.length, text.n_tokens, job.threads or all_cores(), calibrates=job.budget is not None
     )
     for other in better[:1]:
-        note(f"not by {other}: --method {other.method.value} takes that time")
+        note(f"not by {other}: --method {other.method.value} --calib-tokens {other.n_tokens} takes that time")
     text = replace(text, n_tokens=found.n_tokens)
     return replace(job, method=found.method, calibration=replace(job.calibration, text=text))
 

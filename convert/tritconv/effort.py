@@ -23,7 +23,10 @@ from tritconv.plan import Plan
 from tritconv.sources.source import Kind, Source
 
 _AFFORDABLE = 3600.0  # seconds that may be spent unasked
-_LADDER = ((MethodName.GPTQ, 65536), (MethodName.GPTQ, 16384), (MethodName.IMATRIX, 32768), (MethodName.IMATRIX, 8192))
+_LADDER = (
+    *((MethodName.GPTQ, n_tokens) for n_tokens in (262144, 131072, 65536, 32768, 16384)),
+    *((MethodName.IMATRIX, n_tokens) for n_tokens in (32768, 8192)),
+)
 _OVERHEAD = 1.6  # the time of all that passes and solvers do, over that of their large products
 _PER_WEIGHT = {MethodName.GPTQ: 4e-7, MethodName.IMATRIX: 1.2e-7, MethodName.SEARCH: 1.2e-7}  # seconds of a thread
 _SWEEPS = 7  # times n^2 operations that gptq needs for each row: feedback, and three sweeps of descent

@@ -9,7 +9,7 @@ scales again, given the rest of the row.
 
 Rows are quantized in eight steps. The errors of a step are fed back into the rows of the later steps in the same way,
 by the moments of the gradients for the outputs: the loss is taken for a Kronecker product of the two (Martens and
-Grosse, K-FAC, 2015, arXiv:1503.05671).
+Grosse, K-FAC, 2015, arXiv:1503.05671). Then each step is descended once more, given the errors of all other rows.
 
 With H = L D LT, L unit upper triangular, column j aims at its weight plus the sum of L[i, j] times the error of column
 i, over the columns i before. Blocks of columns take the same form with the blocks of L. Matrices are transposed here,
@@ -128,13 +128,20 @@ class Solver:
         indexes = np.empty((n_rows, n // BLOCK_SIZE, N_GROUPS), dtype=np.uint8)
         offset = torch.empty(n_rows, n) if with_offset else None
         order = _RowOrder(n_rows, outputs)
-        for step, rows in enumerate(order.steps):
-            wanted = order.aims(step, aims)
-            mine = self._ranks.rows_of(torch.arange(len(rows)))
+        rounds = (False, True) if order.has_feedback else (False,)
+        for again, (step, rows) in itertools.product(rounds, enumerate(order.steps)):
+            at = rows.numpy()
+            if again:
+                aims[:, rows] += _values(depth, codes[at], indexes[at]).to(aims.device)
+            wanted = aims[:, rows] + (order.given_others if again else order.given_former)(step, aims)
+            mine = self._ranks.rows_of(torch.arange(len(rows))).numpy()
             quantized = _Quantized(wanted[:, mine], depth, self._columns, self._loop)
             problem = None
             try:
-                quantized.feed_back()
+                if again:
+                    quantized.start_at(codes[at[mine]], indexes[at[mine]])
+                else:
+                    quantized.feed_back()
                 quantized.descend()
             except (RangeError, NotFiniteError) as error:
                 problem = error
@@ -143,18 +150,26 @@ class Solver:
             if offset is not None:
                 offset[rows] = self._ranks.gather_rows(quantized.offset().cpu(), rows)
             found = self._ranks.gather_rows(torch.from_numpy(quantized.packed()), rows).numpy()
-            codes[rows], indexes[rows] = found[:, :n].view(np.int8), found[:, n:].reshape(len(rows), -1, N_GROUPS)
-            done = Blocks(depth, codes[rows].reshape(-1, BLOCK_SIZE), indexes[rows].reshape(-1, N_GROUPS))
-            # the errors, for later rows
-            aims[:, rows] -= torch.from_numpy(done.decode()).view(len(rows), n).T.to(aims.device)
-        blocks = Blocks(depth, codes.reshape(-1, BLOCK_SIZE), indexes.reshape(-1, N_GROUPS))
-        return Rounded(blocks, offset)
+            codes[at], indexes[at] = found[:, :n].view(np.int8), found[:, n:].reshape(len(rows), -1, N_GROUPS)
+            # the errors, for other rows
+            aims[:, rows] -= _values(depth, codes[at], indexes[at]).to(aims.device)
+        return Rounded(_blocks(depth, codes, indexes), offset)
 
     def _solve(self, right: torch.Tensor) -> torch.Tensor:
         """The damped Hessian's inverse times float32 (n, m)."""
         factor = self._factor
         found = torch.linalg.solve_triangular(factor, right.to(factor.dtype), upper=True)
         return torch.linalg.solve_triangular(factor.T, found, upper=False).float()
+
+
+def _blocks(depth: int, codes: np.ndarray, indexes: np.ndarray) -> Blocks:
+    """Of codes int8 (rows, n) and scale indexes uint8 (rows, n / 64, 4)."""
+    return Blocks(depth, codes.reshape(-1, BLOCK_SIZE), indexes.reshape(-1, N_GROUPS))
+
+
+def _values(depth: int, codes: np.ndarray, indexes: np.ndarray) -> torch.Tensor:
+    """float32 (n, rows): what codes int8 (rows, n) stand for."""
+    return torch.from_numpy(_blocks(depth, codes, indexes).decode()).view(codes.shape).T
 
 
 class _Columns:
@@ -206,6 +221,14 @@ class _Quantized:
         self.values = torch.empty_like(aims)
         self.scales = aims.new_empty(n // GROUP_SIZE, rows)
         self.indexes = np.empty((n // BLOCK_SIZE, rows, N_GROUPS), dtype=np.uint8)
+
+    def start_at(self, codes: np.ndarray, indexes: np.ndarray) -> None:
+        """Take codes int8 (rows, n) and scale indexes uint8 (rows, n / 64, 4)."""
+        scales = _blocks(self._depth, codes, indexes).group_scales()
+        self.scales.copy_(torch.from_numpy(scales).view(len(codes), -1).T)
+        self.indexes[:] = indexes.transpose(1, 0, 2)
+        self.values.copy_(_values(self._depth, codes, indexes))
+        self._set_errors(slice(None))
 
     def feed_back(self) -> None:
         """Quantize block after block, each with the errors of those before."""
@@ -262,10 +285,11 @@ class _Quantized:
 
 
 class _RowOrder:
-    """The steps in which rows are quantized, and the feedback from each to the later ones.
+    """The steps in which rows are quantized, and the feedback from each to the others.
 
     Attributes:
         steps: the numbers of the rows of each step, those of all diagonal blocks.
+        has_feedback: whether the errors of one step matter to another one.
     """
 
     def __init__(self, n_rows: int, outputs: Sequence[torch.Tensor]) -> None:
@@ -275,24 +299,21 @@ class _RowOrder:
         self._feedbacks = [_RowFeedback(first, output, count) for first, output in zip(firsts, outputs, strict=False)]
         shares = zip(*(feedback.steps for feedback in self._feedbacks), strict=True)
         self.steps = [torch.cat(share) for share in shares] or list(torch.arange(n_rows).tensor_split(count))
+        self.has_feedback = bool(self._feedbacks) and count > 1
 
-    def aims(self, step: int, aims: torch.Tensor) -> torch.Tensor:
-        """The aims of a step's rows, float32 (n, rows of the step).
+    def given_former(self, step: int, errors: torch.Tensor) -> torch.Tensor | float:
+        """What the errors (n, all rows) of former steps add to the aims of a step: float32 (n, rows of the step)."""
+        if not step or not self.has_feedback:
+            return 0.0
+        return torch.cat([feedback.given_former(step, errors) for feedback in self._feedbacks], dim=1)
 
-        Args:
-            aims: float32 (n, rows): of former steps' rows, their errors.
-        """
-        found = aims[:, self.steps[step]]
-        start = 0
-        for feedback in self._feedbacks:
-            stop = start + len(feedback.steps[step])
-            found[:, start:stop] += feedback.of(step, aims)
-            start = stop
-        return found
+    def given_others(self, step: int, errors: torch.Tensor) -> torch.Tensor:
+        """The same, of all other steps."""
+        return torch.cat([feedback.given_others(step, errors) for feedback in self._feedbacks], dim=1)
 
 
 class _RowFeedback:
-    """The feedback from the errors of some rows to the later ones among them.
+    """The feedback from the errors of some rows to others among them.
 
     Attributes:
         steps: the numbers of the rows of each step. They are spread over the rows: neighbours are often alike, and
@@ -304,20 +325,28 @@ class _RowFeedback:
 
         Args:
             first: the number of the first row.
-            output: a diagonal block, as for `Solver.quantize`.
+            output: a diagonal block, as for `Solver.quantize`. It is damped.
             count: of steps.
         """
-        shares = [torch.arange(len(output))[step::count] for step in range(count)]
-        order = torch.cat(shares)
-        factor, _ = _damp(output[order][:, order], _OUTPUT_DAMPING)
-        self.steps = [first + share for share in shares]
+        self._shares = [torch.arange(len(output))[step::count] for step in range(count)]
+        order = torch.cat(self._shares)
+        factor, damped_by = _damp(output[order][:, order], _OUTPUT_DAMPING)
+        output.diagonal()[order] += damped_by
+        self._output = output
+        self._first = first
+        self.steps = [first + share for share in self._shares]
         self._feedback = list(self._of_steps(factor))
 
-    def of(self, step: int, errors: torch.Tensor) -> torch.Tensor | float:
-        """The feedback for a step, float32 (n, rows of the step), of the errors (n, all rows) of former steps."""
-        if not step:
-            return 0.0
+    def given_former(self, step: int, errors: torch.Tensor) -> torch.Tensor:
+        """As `_RowOrder` has it."""
         return errors[:, torch.cat(self.steps[:step])] @ self._feedback[step]
+
+    def given_others(self, step: int, errors: torch.Tensor) -> torch.Tensor:
+        """As `_RowOrder` has it."""
+        own = self._shares[step]
+        others = torch.cat([*self._shares[:step], *self._shares[step + 1 :]])
+        feedback = torch.linalg.solve(self._output[own][:, own], self._output[own][:, others])
+        return errors[:, self._first + others] @ feedback.T
 
     def _of_steps(self, factor: torch.Tensor) -> Iterator[torch.Tensor]:
         start = 0
