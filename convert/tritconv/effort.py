@@ -29,7 +29,8 @@ _LADDER = (
 )
 _OVERHEAD = 1.6  # the time of all that passes and solvers do, over that of their large products
 _PER_WEIGHT = {MethodName.GPTQ: 4e-7, MethodName.IMATRIX: 1.2e-7, MethodName.SEARCH: 1.2e-7}  # seconds of a thread
-_SWEEPS = 7  # times n^2 operations that gptq needs for each row: feedback, and three sweeps of descent
+_SWEEPS = 6  # times n^2 operations that gptq needs for each row: three sweeps of descent
+_FEEDBACK = 3  # the same: feedback, and the weights to aim at
 _PROBE = 1536  # rows and columns of the product that is timed
 _TIMES = 3
 
@@ -148,7 +149,7 @@ def _seconds(method: MethodName, work: _Work, n_tokens: int, speed: float, threa
     if method is MethodName.GPTQ:
         operations += sum(_of_gptq(one, n_tokens, min(n_tokens, work.loss_tokens)) for one in matrices)
         operations += 6 * (n_with_gradients(n_tokens) + min(n_tokens, work.loss_tokens)) * work.head
-        operations += (_SWEEPS + 2) * work.outside * work.width
+        operations += (_SWEEPS + _FEEDBACK) * work.outside * work.width
         n_weights += work.outside
     return _OVERHEAD * operations / speed + _PER_WEIGHT[method] * n_weights / threads
 
@@ -158,8 +159,11 @@ def _of_gptq(one: _Matrices, n_tokens: int, loss_tokens: int) -> int:
     some, row_block = n_with_gradients(n_tokens), min(one.rows, MOST_ROWS)
     # quantized; gradients: there and back, twice; the losses that choose types: there and back
     passes = (2 * n_tokens + 8 * some + 8 * loss_tokens) * one.used * one.rows * one.n
-    solving = one.experts * one.rows * one.n * ((_SWEEPS + 2) * one.n + row_block)
-    moments = some * one.rows * row_block if one.experts == 1 else 0
+    solving = one.experts * one.rows * one.n * (_SWEEPS + _FEEDBACK) * one.n
+    moments = 0
+    if one.experts == 1:  # rows make up for each other, and are descended again
+        solving += one.rows * one.n * (_SWEEPS * one.n + 2 * row_block)
+        moments = some * one.rows * row_block
     if one.has_own_inputs:
         moments += 3 * n_tokens * one.used * one.n**2  # one triangle, and the cross-covariance
         solving += one.experts * one.n**3

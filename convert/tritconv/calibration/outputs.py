@@ -14,14 +14,15 @@ from tritconv.calibration.ranks import Ranks
 from tritconv.calibration.scratch import Kept, Scratch
 
 # The share of the text that gradients are taken of: a token takes three times as long as in the forward pass alone.
-_SHARE = 4  # a quarter
-_MOST_TOKENS = 8192
+_SHARE = 8  # an eighth
+_SHARE_OF_LITTLE = 4  # a quarter, as long as that is little
+_LITTLE = 8192
 MOST_ROWS = 2048  # of a block of the moments: the rest of a larger matrix is taken as independent
 
 
 def n_with_gradients(n_tokens: int) -> int:
     """About how many of so many tokens gradients are taken of."""
-    return min(n_tokens // _SHARE, _MOST_TOKENS)
+    return max(n_tokens // _SHARE, min(n_tokens // _SHARE_OF_LITTLE, _LITTLE))
 
 
 def some_sequences(tokens: torch.Tensor) -> list[int]:
