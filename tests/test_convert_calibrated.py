@@ -129,6 +129,15 @@ def test_text_that_the_model_writes(method: str, checkpoint: Path, tmp_path: Pat
     assert "32 sequences of 64 tokens" in description
 
 
+def test_the_text_of_tritconv_besides(checkpoint: Path, tmp_path: Path, text: Path) -> None:
+    target = tmp_path / "both.gguf"
+    printed = convert(checkpoint, target, text, "--depth", 2, "--calib-bundled", 1000, cache=tmp_path / "cache")
+    assert "gptq on 3,048 tokens" in " ".join(printed.split())
+    description = field(target, "trit.calibration")
+    assert description[:2] == ["topics.txt", "the text of tritconv"]
+    assert "47 sequences of 64 tokens" in description  # 32 of the one, 15 of the other
+
+
 def test_experts_without_tokens_go_by_the_search(tmp_path: Path, text: Path) -> None:
     source = make_checkpoint(tmp_path / "model", "Mixtral", num_local_experts=4, num_experts_per_tok=1)
     printed = convert(source, tmp_path / "m.gguf", text, "--depth", 2, "--calib-tokens", 256, cache=tmp_path / "cache")
@@ -152,6 +161,7 @@ def test_messages_need_a_chat_template(checkpoint: Path, tmp_path: Path) -> None
         (["--fast", "--calibrate", __file__], 2, "--fast is plain search"),
         (["--fast", "--method", "gptq"], 2, "--fast is plain search"),
         (["--fast", "--memory", "1GB"], 2, "--memory is for calibrations"),
+        (["--calib-bundled", "512"], 2, "--calib-bundled adds to a text of yours"),
         (["--calibrate", "nowhere.txt"], 1, "no such file"),
         (["--calibrate", __file__, "--imatrix", "x"], 2, "leave one of them out"),
         (["--calibrate", __file__, "--method", "uniform"], 2, "does not use --calibrate"),

@@ -129,6 +129,15 @@ class ConversionOptions:
             show_default="262144, or less to stay within an hour; with --method gptq and imatrix 65536",
         ),
     ] = None
+    calib_bundled: Annotated[
+        int,
+        typer.Option(
+            "--calib-bundled",
+            min=0,
+            metavar="N",
+            help="Tokens to calibrate on besides, from the text that comes with tritconv, where --calibrate names one.",
+        ),
+    ] = 0
     calib_own: Annotated[
         int,
         typer.Option(
@@ -428,6 +437,8 @@ def _calibration(
             f"--calib-tokens {n_tokens} is less than one sequence of {length} tokens: raise it, or lower --calib-seq"
         )
     memory = None if options.memory is None else _parsed("--memory", options.memory)
+    if options.calib_bundled and not options.calibrate:
+        raise UsageError("--calib-bundled adds to a text of yours: name it with --calibrate, or leave that option out")
     documents.check(options.calibrate or ())
     cache.check()
     names = tuple(map(documents.name_of, options.calibrate or ())) or (bundled.NAME,)
@@ -435,7 +446,11 @@ def _calibration(
     if is_first_process():
         read = documents.read(options.calibrate, n_tokens) if options.calibrate else bundled.documents()
     text = TextOptions(read, names, n_tokens, length, options.seed)
-    return CalibrationOptions(text, options.calib_own, is_tune, memory)
+    besides = None
+    if options.calib_bundled:
+        also = bundled.documents() if is_first_process() else ()
+        besides = TextOptions(also, (bundled.NAME,), options.calib_bundled, length, options.seed)
+    return CalibrationOptions(text, besides, options.calib_own, is_tune, memory)
 
 
 def _training(options: ConversionOptions, method: MethodName | None) -> "TuneOptions | None":

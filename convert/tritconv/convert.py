@@ -198,7 +198,7 @@ def _predicted(source: Source, plan: Plan, job: Job) -> object:
 
     assert job.method is not None
     assert job.calibration is not None
-    n_tokens = job.calibration.text.n_tokens
+    n_tokens = job.calibration.n_tokens
     return effort.predicted(source, plan, job.method, n_tokens, job.threads or all_cores())
 
 

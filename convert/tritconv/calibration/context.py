@@ -1,7 +1,7 @@
 """What every calibration starts from, made once: the model, the matrices that are reached, and the tokens."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class CalibrationOptions:
     """What the user asked for.
 
     Attributes:
+        besides: another text, to calibrate on as well.
         own_tokens: so many more, which the model writes itself.
         holds_out: whether some sequences are left out, to judge by.
         memory: bytes for hidden states; those that take more are in a file. None: half of the memory that is free
@@ -48,9 +49,20 @@ class CalibrationOptions:
     """
 
     text: TextOptions
+    besides: TextOptions | None = None
     own_tokens: int = 0
     holds_out: bool = False
     memory: int | None = None
+
+    @property
+    def texts(self) -> list[TextOptions]:
+        """All that is read."""
+        return [self.text] if self.besides is None else [self.text, self.besides]
+
+    @property
+    def n_tokens(self) -> int:
+        """To read, at most."""
+        return sum(text.n_tokens for text in self.texts)
 
 
 @dataclass(frozen=True)
@@ -139,9 +151,10 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
     if reach.missed:
         names = ", ".join(tensor.name for tensor in reach.missed)
         note(f"calibration does not reach {names}: by plain search")
-    text = fitting(options.text, model)
+    texts = [fitting(text, model) for text in options.texts]
+    text = texts[0]
     with status("reading the text"):
-        tokens, n_made_up = ranks.from_first(_read(text, model) if ranks.is_first else (torch.empty(0), 0))
+        tokens, n_made_up = ranks.from_first(_read(texts, model) if ranks.is_first else (torch.empty(0), 0))
     if text.length < options.text.length:
         note(f"the model takes {text.length} tokens at a time: so long are the sequences, not {options.text.length}")
     if n_made_up:
@@ -160,7 +173,7 @@ def prepare(source: Source, plan: Plan, options: CalibrationOptions, ranks: Rank
         inputs = replace(inputs, tokens=digest_of_tokens(tokens))
     note(f"calibrating on {len(tokens)} sequences of {tokens.shape[1]} tokens, in {model.precision} on {model.device}")
     description = [
-        *text.names,
+        *(name for text in texts for name in text.names),
         *([f"{n_made_up} rare words made up"] if n_made_up else []),
         f"{n_read} sequences of {tokens.shape[1]} tokens",
         *([f"{n_own} that the model wrote"] if n_own else []),
@@ -183,10 +196,14 @@ def _outside(source: Source) -> dict[str, OutsideMatrix]:
     return {name: OutsideMatrix(*roles[name], fit[name].shape[0]) for name in roles if name in fit}
 
 
-def _read(text: TextOptions, model: LayeredModel) -> tuple[torch.Tensor, int]:
+def _read(texts: Iterable[TextOptions], model: LayeredModel) -> tuple[torch.Tensor, int]:
     """Token sequences int64 (sequences, length), and the number of rare words that were made up."""
-    texts, n_made_up = rare_words.fill(render(text.documents, model.tokenizer), model.tokenizer, text.seed)
-    return sequences(texts, text, model.tokenizer), n_made_up
+    parts, n_made_up = [], 0
+    for text in texts:
+        filled, n_here = rare_words.fill(render(text.documents, model.tokenizer), model.tokenizer, text.seed)
+        parts.append(sequences(filled, text, model.tokenizer))
+        n_made_up += n_here
+    return torch.cat(parts), n_made_up
 
 
 def _own_text(model: LayeredModel, tokens: torch.Tensor, count: int, seed: int, store: LayerStore) -> torch.Tensor:
