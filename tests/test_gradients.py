@@ -111,8 +111,12 @@ def test_output_moments_are_sums_in_diagonal_blocks(monkeypatch: pytest.MonkeyPa
 
 
 def test_only_some_sequences_are_looked_at(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "_MOST_TOKENS", 64)
-    monkeypatch.setattr(outputs, "_SHARE", 1)
+    monkeypatch.setattr(outputs, "n_with_gradients", lambda n_tokens: 64)
     assert stride(tokens, 64) == 3
     assert some_sequences(tokens) == [0, 3]
     assert stride(tokens, 1) == len(tokens), "one sequence at least"
+
+
+@pytest.mark.parametrize(("n_tokens", "some"), [(16384, 4096), (32768, 8192), (65536, 8192), (262144, 32768)])
+def test_the_longer_the_text_the_smaller_the_share_that_is_looked_at(n_tokens: int, some: int) -> None:
+    assert outputs.n_with_gradients(n_tokens) == some
