@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import sysconfig
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from command import exit_status
 from programs import BUILD
+from quality import run
 from tritcore.console import out
 from tritcore.errors import TritError
 
@@ -33,6 +33,7 @@ def main() -> None:
     """Make the files, and print a table."""
     options = _options()
     options.output.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for auto-round: model and text are here
     python = _environment(BUILD / "bench" / "autoround-venv")
     text = options.output / "text.json"
     text.write_text(json.dumps(_samples(options.calibrate)), encoding="utf-8")
@@ -40,7 +41,7 @@ def main() -> None:
     for scheme in options.scheme or _SCHEMES:
         folder = options.output / scheme.replace(":", "-")
         start = time.monotonic()
-        _run(
+        run(
             [
                 *(python, "-m", "auto_round", "--model", options.checkpoint, "--device", "cpu", "--format", scheme),
                 *("--scheme", scheme, "--dataset", text, "--nsamples", options.samples, "--seqlen", 512),
@@ -64,7 +65,7 @@ def _environment(folder: Path) -> Path:
         venv.create(folder, with_pip=True, clear=True)
         (packages,) = folder.glob("lib/python*/site-packages")
         (packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-        _run([python, "-m", "pip", "install", "--quiet", _PACKAGE])
+        run([python, "-m", "pip", "install", "--quiet", _PACKAGE])
         stamp.write_text(_PACKAGE, encoding="utf-8")
     return python
 
@@ -76,14 +77,6 @@ def _samples(path: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise TritError(f"{path}: cannot be read: {error}") from error
     return [{"text": text[start : start + _PIECE]} for start in range(0, len(text), _PIECE)]
-
-
-def _run(command: list[object]) -> None:
-    words = [str(word) for word in command]
-    print("+", *words, file=sys.stderr, flush=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if status := subprocess.run(words, check=False, env=environment).returncode:
-        raise TritError(f"{' '.join(words[:4])} .. failed with exit code {status}")
 
 
 def _options() -> argparse.Namespace:
