@@ -23,6 +23,7 @@ from tritcore.errors import TritError
 from tritrun.tools import find_tool
 
 _CALIBRATE = ("--calibrate", "text")
+_SOME = (*_CALIBRATE, "--calib-tokens", "65536")
 _LAYERS_ALONE = ("--embed-type", "q8_0")
 _METHODS = {
     "TRIT2 search": ("--depth", "2", "--fast"),
@@ -31,18 +32,18 @@ _METHODS = {
     "TRIT2 gptq": ("--depth", "2", *_LAYERS_ALONE, *_CALIBRATE),
     "TRIT2 tune": ("--depth", "2", "--method", "tune", *_LAYERS_ALONE, *_CALIBRATE),
     "TRIT2, no option": ("--depth", "2"),
-    "2.5 bits gptq": ("--bpw", "3.77", *_LAYERS_ALONE, *_CALIBRATE),  # 2.5 in the layers
-    "3 bits gptq": ("--bpw", "4.165", *_LAYERS_ALONE, *_CALIBRATE),
+    "2.5 bits gptq": ("--bpw", "3.77", *_LAYERS_ALONE, *_SOME),  # 2.5 in the layers
+    "3 bits gptq": ("--bpw", "4.165", *_LAYERS_ALONE, *_SOME),
     "TRIT3 search": ("--depth", "3", "--fast"),
-    "TRIT3 gptq, all text": ("--depth", "3", "--calib-tokens", "1000000", *_LAYERS_ALONE, *_CALIBRATE),
-    "78.5 MB gptq": ("--target-size", "78.5MB", *_CALIBRATE),
-    "78.5 MB tune": ("--target-size", "78.5MB", "--method", "tune", *_CALIBRATE),
-    "90.9 MB gptq": ("--target-size", "90.9MB", *_CALIBRATE),
-    "105.5 MB gptq": ("--target-size", "105.5MB", *_CALIBRATE),
+    "TRIT3 gptq": ("--depth", "3", *_LAYERS_ALONE, *_CALIBRATE),
+    "78.5 MB gptq": ("--target-size", "78.5MB", *_SOME),
+    "78.5 MB tune": ("--target-size", "78.5MB", "--method", "tune", *_SOME),
+    "90.9 MB gptq": ("--target-size", "90.9MB", *_SOME),
+    "105.5 MB gptq": ("--target-size", "105.5MB", *_SOME),
 }
 _ACROSS_ROWS = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K")
 _THREE_BITS = ("TRIT2 search", "TRIT2 imatrix", "TRIT2 gptq", "Q3_K", "IQ3_S")
-_DECODED = ("2.5 bits gptq", "3 bits gptq", "TRIT2 gptq", "TRIT2 tune", "TRIT3 gptq, all text")
+_DECODED = ("2.5 bits gptq", "3 bits gptq", "TRIT2 gptq", "TRIT2 tune", "TRIT3 gptq")
 _DITHER, _ACROSS = ROOT / "bench" / "dither.py", ROOT / "bench" / "across_rows.py"
 _SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BASE = {False: "base", True: "plain"}  # by --no-noise, as dither.py calls them

@@ -62,6 +62,19 @@ def test_a_calibration_that_is_needed_is_made_however_long_it_takes() -> None:
     assert chosen(source_of(8192, 80), calibrates=True)[:2] == ("imatrix", 8192)
 
 
+def test_with_a_method_only_the_text_gets_shorter() -> None:
+    def tokens(width: int, n_layers: int, method: MethodName) -> int:
+        source = source_of(width, n_layers)
+        found, _ = affordable(source, PLAN, LENGTH, TOKENS, THREADS, calibrates=False, method=method)
+        assert found.method is method
+        return found.n_tokens
+
+    assert tokens(512, 8, MethodName.GPTQ) == 262144
+    assert tokens(768, 12, MethodName.GPTQ) == 131072
+    assert tokens(8192, 80, MethodName.GPTQ) == 16384
+    assert tokens(2304, 32, MethodName.IMATRIX) == 32768
+
+
 def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(effort.memory, "total", lambda: 2 << 30)
     assert chosen(source_of(512, 8))[0] == "gptq"

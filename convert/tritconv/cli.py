@@ -126,7 +126,7 @@ class ConversionOptions:
             min=256,
             metavar="N",
             help="Tokens to calibrate on, at most.",
-            show_default="262144, or less to stay within an hour; with --method gptq and imatrix 65536",
+            show_default="262144, or less to stay within an hour; with --method gptq or imatrix 65536",
         ),
     ] = None
     calib_bundled: Annotated[
@@ -331,6 +331,7 @@ def _job(options: ConversionOptions) -> "Job":
     plan = _plan(options)
     method = _method(options)
     calibration = _calibration(options, method, budget)
+    affordable = calibration is not None and options.method is None and (method is None or not options.calib_tokens)
     return Job(
         plan,
         options.output,
@@ -338,6 +339,7 @@ def _job(options: ConversionOptions) -> "Job":
         options.threads,
         tuple(_rule(text) for text in options.tensor_depth or ()),
         method,
+        affordable,
         _importances(options.imatrix),
         calibration,
         _training(options, method),
@@ -430,7 +432,7 @@ def _calibration(
     from tritconv.calibration.text import TextOptions
 
     is_tune = method is MethodName.TUNE
-    most = _MOST_TOKENS if is_tune or method is None else _TOKENS
+    most = _MOST_TOKENS if is_tune or options.method is None else _TOKENS
     n_tokens, length = options.calib_tokens or most, options.calib_seq
     if n_tokens < length:
         raise UsageError(

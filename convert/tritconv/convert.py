@@ -55,6 +55,7 @@ class Job:
         threads: to compute with; None stands for all cores, or for as many as torch chooses.
         rules: for single tensors, on top of `plan`.
         method: None for the best one that the machine can afford.
+        affordable: take as much of the text as the machine can afford, and not all of `calibration`.
         imatrix: importances from a file, for `MethodName.IMATRIX`; None: they are measured on the text.
         calibration: the text and how to use it, for methods that need one.
         training: of the layers, for `MethodName.TUNE`.
@@ -67,6 +68,7 @@ class Job:
     threads: int | None = None
     rules: tuple[TypeRule, ...] = ()
     method: MethodName | None = MethodName.SEARCH
+    affordable: bool = False
     imatrix: Importances | None = None
     calibration: "CalibrationOptions | None" = None
     training: "TuneOptions | None" = None
@@ -159,7 +161,10 @@ def _started(
     if is_free or not job.needs_text:
         with status("looking for lattices of trits"):
             plan = plan.with_lattices(source.tensors)
-    if is_free:
+    if is_free and plan.lattices and budget is None:
+        note("the weights lie on a lattice of trits: the codes are kept, without calibration")
+        job = replace(job, method=MethodName.SEARCH)
+    elif job.affordable:
         job = _affordable(source, plan, job)
     if job.needs_text:
         try:
@@ -175,16 +180,14 @@ def _started(
 
 
 def _affordable(source: Source, plan: Plan, job: Job) -> Job:
-    """The job with the best method that the machine can afford. Says why it is no better one."""
-    if plan.lattices and job.budget is None:
-        note("the weights lie on a lattice of trits: the codes are kept, without calibration")
-        return replace(job, method=MethodName.SEARCH)
+    """The job with the best method, or the most text, that the machine can afford. Says why it is no better one."""
     from tritconv import effort
 
     assert job.calibration is not None
     text = job.calibration.text
+    calibrates, threads = job.budget is not None, job.threads or all_cores()
     found, better = effort.affordable(
-        source, plan, text.length, text.n_tokens, job.threads or all_cores(), calibrates=job.budget is not None
+        source, plan, text.length, text.n_tokens, threads, calibrates=calibrates, method=job.method
     )
     for other in better[:1]:
         note(f"not by {other}: --method {other.method.value} --calib-tokens {other.n_tokens} takes that time")

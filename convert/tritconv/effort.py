@@ -110,7 +110,14 @@ class _Work:
 
 
 def affordable(
-    source: Source, plan: Plan, length: int, n_tokens: int, threads: int, *, calibrates: bool
+    source: Source,
+    plan: Plan,
+    length: int,
+    n_tokens: int,
+    threads: int,
+    *,
+    calibrates: bool,
+    method: MethodName | None = None,
 ) -> tuple[Effort, list[Effort]]:
     """The best method that this machine can afford, and the better ones that it can not.
 
@@ -118,17 +125,22 @@ def affordable(
         length: tokens of a calibration sequence.
         n_tokens: to calibrate on, at most.
         calibrates: whether there must be a calibration: then the least one is taken, however long it takes.
+        method: None leaves the choice; with a method, only the tokens are chosen, and `calibrates` is implied.
     """
     work, speed = _Work.of(source, plan), _speed()
     better: list[Effort] = []
-    for method, tokens in _LADDER:
-        if least_memory(source, length, squares=method is MethodName.GPTQ) <= memory.total():
+    for one, tokens in _LADDER:
+        if method is not None:
+            is_possible = one is method
+        else:
+            is_possible = least_memory(source, length, squares=one is MethodName.GPTQ) <= memory.total()
+        if is_possible:
             tokens = min(tokens, n_tokens)
-            effort = Effort(method, tokens, _seconds(method, work, tokens, speed, threads))
+            effort = Effort(one, tokens, _seconds(one, work, tokens, speed, threads))
             if effort.seconds <= _AFFORDABLE:
                 return effort, better
             better.append(effort)
-    if calibrates and better:
+    if (calibrates or method is not None) and better:
         return better.pop(), better
     return Effort(MethodName.SEARCH, 0, _seconds(MethodName.SEARCH, work, 0, speed, threads)), better
 
