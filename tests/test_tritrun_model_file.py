@@ -20,7 +20,7 @@ from tiny_gguf import (
 
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
-from tritrun.memory import check_memory, kv_cache_bytes, share_of_layers
+from tritrun.memory import check_memory, kv_cache_bytes, layers_that_fit, n_layers
 
 TRIT3, TRIT3_BLOCK = 87, 42
 NORM_OFFSET = 192  # 4 blocks, and up to the next multiple of 32
@@ -140,10 +140,13 @@ def test_memory(tiny_model: Path) -> None:
         check_memory(model, 4096, needed - 1)
 
 
-def test_share_of_layers(tiny_model: Path) -> None:
+def test_layers_that_fit_a_gpu(tiny_model: Path) -> None:
     model = read_model_file(tiny_model)
-    assert [share_of_layers(model, n) for n in (0, -1, 99)] == [0.0, 1.0, 1.0]
-    assert share_of_layers(model, 1) == pytest.approx(1 / (LAYERS + 1))
+    assert n_layers(model) == LAYERS + 1
+    spare = 1 << 30
+    layer = (model.size + kv_cache_bytes(model, 64)) / (LAYERS + 1)
+    free = [0, spare, spare + int(1.5 * layer), spare + 100 * model.size]
+    assert [layers_that_fit(model, 64, one) for one in free] == [0, 0, 1, LAYERS + 1]
 
 
 def test_kv_heads_per_layer(path: Path) -> None:

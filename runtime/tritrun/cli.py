@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tritcore.commands import examples, new_app
 from tritcore.console import err, note, out
+from tritcore.errors import UsageError
 from tritcore.files import check_writable, write_text_atomically
 from tritrun import variants
 from tritrun.aborts import end_in_one_line
@@ -28,6 +29,8 @@ from tritrun.models import read_text_model
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
+from tritrun.serve import API_KEY, ServeOptions
+from tritrun.serve import serve as run_server
 from tritrun.tools import library_folder
 from tritrun.versions import version
 
@@ -38,6 +41,13 @@ def _versions() -> str:
 
 app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
 
+
+def _gpu_layers(wanted: str) -> str:
+    if not (wanted in ("auto", "all") or wanted.isdecimal()):
+        raise typer.BadParameter(f"{wanted} is neither a number nor 'auto' nor 'all'")
+    return wanted
+
+
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model file.", show_default=False)]
 ThreadsOption = Annotated[
     int | None,
@@ -46,6 +56,20 @@ ThreadsOption = Annotated[
 CpuOption = Annotated[
     str | None,
     typer.Option("--cpu", metavar="VARIANT", help="CPU code to use, such as haswell.", show_default="the best"),
+]
+
+ContextOption = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**24, metavar="N", help="Context in tokens; 0: the model's.", show_default="up to 4096"),
+]
+GpuLayersOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N", help="Layers to keep on a GPU: a number, all, or auto for what fits.", callback=_gpu_layers
+    ),
+]
+CheckOption = Annotated[
+    bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
 ]
 
 
@@ -74,23 +98,12 @@ def chat(
         int | None,
         typer.Option(min=0, max=2**32 - 1, metavar="N", help="Gives the same answers again.", show_default="random"),
     ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2**24,
-            metavar="N",
-            help="Context in tokens; 0: the model's.",
-            show_default="up to 4096",
-        ),
-    ] = None,
+    ctx: ContextOption = None,
     max_tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Longest answer in tokens; 0 sets no limit.")] = 0,
     threads: ThreadsOption = None,
     cpu: CpuOption = None,
-    gpu_layers: Annotated[int, typer.Option(min=-1, metavar="N", help="Layers to keep on a GPU; -1 is all.")] = 0,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
-    ] = True,
+    gpu_layers: GpuLayersOption = "auto",
+    check: CheckOption = True,
 ) -> None:
     """Chat with a model.
 
@@ -115,6 +128,49 @@ def chat(
             note(f"{about}, {threads} threads, {variants.in_use()}; /help lists the commands")
         if not session.run() and not sys.stdin.isatty():
             raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "tritrun serve model-TRIT3.gguf",
+        "tritrun serve model-TRIT3.gguf --host 0.0.0.0 --api-key secret --parallel 8",
+        "tritrun serve model-TRIT3.gguf -- --alias my-model --metrics",
+    )
+)
+def serve(
+    model: ModelArgument,
+    others: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- OPTION...", help="Any options of llama-server.", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")] = 8080,
+    ctx: ContextOption = None,
+    parallel: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="Users at once, each with --ctx.")] = 4,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar=API_KEY, metavar="KEY", help="What clients must send.", show_default="none needed"),
+    ] = None,
+    threads: ThreadsOption = None,
+    cpu: CpuOption = None,
+    gpu_layers: GpuLayersOption = "auto",
+    check: CheckOption = True,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the server's log.")] = False,
+) -> None:
+    """Serve a model to browsers and programs: llama.cpp's web page, and OpenAI's API for chats and embeddings.
+
+    The address goes to stdout, everything else to stderr. Ctrl-C ends the server.
+    """
+    variants.force(cpu)
+    others = others or []
+    if others and not others[0].startswith("-"):
+        raise UsageError(f"{others[0]} is one too many: options of llama-server come after --")
+    run_server(
+        read_text_model(model),
+        ServeOptions(
+            host, port, ctx, parallel, api_key, gpu_layers, threads or physical_cores(), check, verbose, others
+        ),
+    )
 
 
 @app.command(

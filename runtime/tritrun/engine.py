@@ -10,9 +10,9 @@ from tritcore.console import note
 from tritcore.errors import TritError
 from tritcore.gguf_header import ModelFile
 from tritrun import reasoning
-from tritrun.llama import Llama, Sampling, load_bindings
+from tritrun.llama import Llama, Sampling, free_gpu_memory, has_gpu
 from tritrun.machine import available_memory
-from tritrun.memory import check_memory, share_of_layers
+from tritrun.memory import check_memory, layers_that_fit, n_layers
 from tritrun.models import read_text
 from tritrun.prompt import encode
 from tritrun.template import BadTemplateError, ChatTemplate, Message, Prompt, plain_prompt
@@ -40,25 +40,23 @@ class Engine:
     """A loaded model with one context. Close it, or use it in a `with` block."""
 
     def __init__(
-        self, model: ModelFile, *, n_ctx: int | None, threads: int, gpu_layers: int = 0, check: bool = True
+        self, model: ModelFile, *, n_ctx: int | None, threads: int, gpu_layers: str = "auto", check: bool = True
     ) -> None:
         """Load `model`.
 
         Args:
             n_ctx: context in tokens; 0 takes all that the model was trained for, None at most 4096 of it.
             threads: CPU threads.
-            gpu_layers: layers to keep on a GPU, -1 for all.
+            gpu_layers: layers to keep on a GPU: a number, "all", or "auto" for as many as fit.
             check: see that all weights are valid.
 
         Raises:
             TritError: the model does not fit into memory, is damaged, or llama.cpp refuses it.
         """
-        n_ctx = _context_length(n_ctx, model.trained_context)
-        if gpu_layers and not load_bindings()[0].llama_supports_gpu_offload():
-            note("this build of llama.cpp has no GPU support: --gpu-layers is ignored")
-            gpu_layers = 0
-        check_memory(model, n_ctx, available_memory(), on_gpu=share_of_layers(model, gpu_layers))
-        self._llama = Llama(model.path, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, check=check)
+        n_ctx = context_length(n_ctx, model.trained_context)
+        n_on_gpu = _layers_on_gpu(gpu_layers, model, n_ctx)
+        check_memory(model, n_ctx, available_memory(), on_gpu=n_on_gpu / n_layers(model))
+        self._llama = Llama(model.path, n_ctx=n_ctx, threads=threads, gpu_layers=n_on_gpu, check=check)
         self.n_ctx = n_ctx
         self._merges_system = False
         try:
@@ -218,8 +216,19 @@ def until(stop: str, pieces: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def _context_length(asked: int | None, trained: int) -> int:
-    """Tokens of context for `--ctx asked` and a model trained for `trained` (0: unknown)."""
+def _layers_on_gpu(wanted: str, model: ModelFile, n_ctx: int) -> int:
+    """The number that `--gpu-layers wanted` stands for."""
+    if not has_gpu():
+        if wanted not in ("0", "auto"):
+            note("this build of llama.cpp has no GPU support: --gpu-layers is ignored")
+        return 0
+    if wanted == "auto":
+        return layers_that_fit(model, n_ctx, free_gpu_memory())
+    return n_layers(model) if wanted == "all" else min(int(wanted), n_layers(model))
+
+
+def context_length(asked: int | None, trained: int) -> int:
+    """Tokens of context for `--ctx asked` (0: as the model; None: not given), `trained` of the model (0: unknown)."""
     if asked:
         if trained and asked > trained:
             note(f"the model was trained for {trained} tokens of context: expect poor answers beyond")

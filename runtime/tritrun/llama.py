@@ -15,10 +15,12 @@ from typing import Any
 
 from tritcore.console import one_line
 from tritcore.errors import TritError
+from tritrun.tools import library_folder
 
 _BATCH = 512  # tokens computed at once
 _TOP_K, _MIN_P = 40, 0.05
 _INVALID_DATA = "has invalid data"
+_GPUS = (1, 2)  # ggml_backend_dev_type: GPU, integrated GPU
 _FULL = 1  # llama_decode: no room left in the context
 
 
@@ -39,7 +41,7 @@ class Llama:
 
         Args:
             n_ctx: context in tokens.
-            gpu_layers: layers to keep on a GPU, -1 for all.
+            gpu_layers: layers to keep on a GPU.
             check: whether all weights are valid: blocks of TRIT types, no NaN and no infinity.
 
         Raises:
@@ -48,16 +50,16 @@ class Llama:
         self._cpp, log = load_bindings()
         cpp = self._cpp
         options = cpp.llama_model_default_params()
-        options.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 0x7FFFFFFF
+        options.n_gpu_layers = gpu_layers
         options.check_tensors = check
         self._model = _load(cpp, path, options)
         if not self._model:
-            raise _refusal(path, log)
+            raise refusal(path, log.first_error)
         self._context = None
         try:
             self._context = cpp.llama_init_from_model(self._model, _context_options(cpp, n_ctx, threads))
             if not self._context:
-                raise _refusal(path, log)
+                raise refusal(path, log.first_error)
         except BaseException:
             self.close()
             raise
@@ -226,6 +228,24 @@ def load_bindings() -> tuple[ModuleType, _ErrorLog]:
     return llama_cpp, log
 
 
+def has_gpu() -> bool:
+    """Whether this build and this machine can keep layers on a GPU. Raises TritError as `load_bindings`."""
+    return bool(load_bindings()[0].llama_supports_gpu_offload())
+
+
+def free_gpu_memory() -> int:
+    """Free bytes of all GPUs together."""
+    (registry,) = (ctypes.CDLL(str(path)) for path in library_folder().glob("libggml.*"))
+    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+    free, total, found = ctypes.c_size_t(), ctypes.c_size_t(), 0
+    for index in range(registry.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(registry.ggml_backend_dev_get(ctypes.c_size_t(index)))
+        if registry.ggml_backend_dev_type(device) in _GPUS:
+            registry.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+            found += free.value
+    return found
+
+
 def _load(cpp: ModuleType, path: Path, options: Any) -> Any:
     """The model, None if llama.cpp refuses it. Ctrl-C and other signals end the loading, which may take minutes."""
     stop = threading.Event()
@@ -252,8 +272,9 @@ def _context_options(cpp: ModuleType, n_ctx: int, threads: int) -> Any:
     return options
 
 
-def _refusal(path: Path, log: _ErrorLog) -> TritError:
-    reason = one_line(log.first_error) or "it does not say why"
+def refusal(path: Path, reason: str) -> TritError:
+    """The error for a model that llama.cpp refuses. `reason`: the first error in its log, however it is laid out."""
+    reason = one_line(reason) or "it does not say why"
     if _INVALID_DATA in reason:
         _, _, what = reason.rpartition(": ")
         return TritError(

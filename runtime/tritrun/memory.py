@@ -6,6 +6,7 @@ from tritcore.errors import TritError
 from tritcore.gguf_header import ModelFile
 
 _BYTES = 2  # of a key or a value: float16
+_TO_COMPUTE_WITH = 1 << 30  # bytes of a GPU that stay free, as llama.cpp's --fit-target has it
 
 
 def kv_cache_bytes(model: ModelFile, n_ctx: int) -> int:
@@ -21,13 +22,15 @@ def kv_cache_bytes(model: ModelFile, n_ctx: int) -> int:
     return _BYTES * n_ctx * (kv_heads or heads) * (keys + values)
 
 
-def share_of_layers(model: ModelFile, gpu_layers: int) -> float:
-    """Share of the layers, 0..1, that `--gpu-layers` moves to a GPU; a negative number moves all.
+def n_layers(model: ModelFile) -> int:
+    """Layers that `--gpu-layers` counts: the output is one of them."""
+    return model.hyperparameter("block_count") + 1
 
-    The output counts as one layer.
-    """
-    layers = model.hyperparameter("block_count") + 1
-    return min(gpu_layers / layers, 1.0) if gpu_layers >= 0 else 1.0
+
+def layers_that_fit(model: ModelFile, n_ctx: int, free: int) -> int:
+    """How many layers, with their key-value caches, a GPU with `free` bytes holds beside what it computes with."""
+    layer = (model.size + kv_cache_bytes(model, n_ctx)) / n_layers(model)
+    return max(0, min(int((free - _TO_COMPUTE_WITH) / layer), n_layers(model)))
 
 
 def check_memory(model: ModelFile, n_ctx: int, available: int | None, on_gpu: float = 0.0) -> None:

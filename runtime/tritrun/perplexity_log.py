@@ -1,9 +1,10 @@
-"""Read what llama-perplexity prints with --log-jsonl: one JSON object per line, each a piece of its log."""
+"""Read what llama-perplexity prints with --log-jsonl."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
+
+from tritrun.tool_log import read_record
 
 _NUMBER = r"-?(?:\d+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
 _CHUNKS = re.compile(r"over (\d+) chunks")
@@ -40,14 +41,12 @@ class PerplexityLog:
 
     def feed(self, line: str) -> None:
         """Take one line of the tool's stdout; a line that is no log record is passed over."""
-        try:
-            record = json.loads(line)
-        except ValueError:
+        record = read_record(line)
+        if record is None:
             return
-        if not isinstance(record, dict) or not isinstance(message := record.get("msg"), str):
-            return
+        message = record.message
         self._text += message
-        if record.get("level") == "error":
+        if record.level == "error":
             self.first_error = self.first_error or message.strip()
         elif chunks := _CHUNKS.search(message):
             self.chunks = int(chunks[1])

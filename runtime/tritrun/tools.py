@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +85,14 @@ def run_tool(
     on_stdout: Callable[[str], None],
     on_stderr: Callable[[str], None] = lambda line: None,
     folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    seconds_to_end: float = 0,
 ) -> Finished:
     """Run llama.cpp's program `name` (see `find_tool`) to its end, giving each line of its output to a callback.
+
+    Args:
+        environment: variables for the program besides those of this process.
+        seconds_to_end: how long the program may take to end by itself when Ctrl-C or a callback ends it.
 
     Raises:
         TritError: the program is not there or cannot be started.
@@ -93,11 +100,11 @@ def run_tool(
     """
     command = [str(find_tool(name, folder)), *arguments]
     # Options come from the command line only; llama.cpp would also take them from the environment.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")} | NO_BACKTRACE
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
     try:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env={**inherited, **NO_BACKTRACE, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -127,6 +134,9 @@ def run_tool(
         exit_code = process.wait()
         drainer.join(_SECONDS_TO_DRAIN)
     finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds_to_end)  # its last lines fit into the pipe
         process.kill()
         process.wait()
         process.stdout.close()

@@ -1,0 +1,160 @@
+"""`tritrun serve`: llama.cpp's own server, after the checks that a chat makes."""
+
+import http.client
+import ipaddress
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import typer
+
+from tritcore.console import note, one_line, warning
+from tritcore.errors import TritError
+from tritcore.gguf_header import ModelFile
+from tritrun.engine import context_length
+from tritrun.llama import has_gpu, refusal
+from tritrun.machine import available_memory
+from tritrun.memory import check_memory
+from tritrun.tool_log import read_record
+from tritrun.tools import run_tool
+
+API_KEY = "LLAMA_API_KEY"
+"""Variable that llama-server takes its key from. Anybody on the machine may read a command line."""
+
+_PROGRAM = "llama-server"
+_LISTENS = re.compile(r"listening on (http\S+)")
+_TAKEN = "couldn't bind"
+_SECONDS_TO_END = 5.0
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # and how this machine reaches itself there
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve a model.
+
+    Attributes:
+        host: the address to listen on.
+        port: 0 for a free one.
+        n_ctx: context of each user in tokens; 0 takes all that the model was trained for, None at most 4096 of it.
+        parallel: users at once; more wait.
+        api_key: that clients must send; None lets everybody in.
+        gpu_layers: as llama.cpp has it: a number, "auto" or "all".
+        check: see that all weights are valid.
+        verbose: show the server's log.
+        others: options of llama-server, which come last and so win.
+    """
+
+    host: str
+    port: int
+    n_ctx: int | None
+    parallel: int
+    api_key: str | None
+    gpu_layers: str
+    threads: int
+    check: bool
+    verbose: bool
+    others: Sequence[str]
+
+
+def serve(model: ModelFile, options: ServeOptions) -> None:
+    """Serve until Ctrl-C. The address goes to stdout once the server answers.
+
+    Raises:
+        TritError: the model does not fit into memory, is damaged, the address is taken, or the server fails.
+    """
+    n_ctx = context_length(options.n_ctx, model.trained_context)
+    if options.gpu_layers == "0" or not has_gpu():
+        check_memory(model, n_ctx * options.parallel, available_memory())
+    if not options.api_key and not _is_loopback(options.host):
+        warning(f"anybody who reaches {options.host} can use this server: give --api-key")
+    log = _Log(options, n_ctx)
+    environment = {API_KEY: options.api_key} if options.api_key else {}
+    try:
+        finished = run_tool(
+            _PROGRAM,
+            _arguments(model, options, n_ctx),
+            log.feed,
+            environment=environment,
+            seconds_to_end=_SECONDS_TO_END,
+        )
+    except KeyboardInterrupt:
+        note("the server has ended")
+        return
+    if finished.exit_code == 0:
+        return
+    reason = log.first_error or finished.reason
+    if _TAKEN in reason:
+        raise TritError(f"{options.host}:{options.port} cannot be listened on: is it in use? Choose another --port")
+    if not log.listens:
+        raise refusal(model.path, reason)
+    raise TritError(f"{_PROGRAM} has ended: {reason}")
+
+
+def _arguments(model: ModelFile, options: ServeOptions, n_ctx: int) -> list[str]:
+    arguments = ["--model", str(model.path), "--host", options.host, "--port", str(options.port)]
+    # Each user has a context of his own, which no other one can fill.
+    arguments += ["--ctx-size", str(n_ctx * options.parallel), "--parallel", str(options.parallel), "--no-kv-unified"]
+    arguments += ["--threads", str(options.threads), "--gpu-layers", options.gpu_layers]
+    arguments += ["--embeddings", "--pooling", "mean"]
+    # Otherwise every page that a browser shows could talk to the server.
+    arguments += ["--cors-origins", "localhost", "--log-jsonl"]
+    arguments += ["--check-tensors"] if options.check else []
+    return [*arguments, *options.others]
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+class _Log:
+    """Follows the server's log.
+
+    Attributes:
+        first_error: the first error in it; later ones only repeat that loading failed.
+        listens: whether the server has answered.
+    """
+
+    def __init__(self, options: ServeOptions, n_ctx: int) -> None:
+        self.first_error = ""
+        self.listens = False
+        self._options = options
+        self._n_ctx = n_ctx
+
+    def feed(self, line: str) -> None:
+        """Take one line of the server's stdout."""
+        record = read_record(line)
+        if record is None:
+            return
+        if self._options.verbose:
+            note(record.message)
+        if record.level == "error":
+            self.first_error = self.first_error or one_line(record.message)
+        elif (found := _LISTENS.search(record.message)) and not self.listens:
+            self.listens = True
+            self._say_where(found[1])
+
+    def _say_where(self, url: str) -> None:
+        options = self._options
+        for anywhere, here in _EVERYWHERE.items():
+            url = url.replace(f"//{anywhere}:", f"//{here}:").replace(f"//[{anywhere}]:", f"//{here}:")
+        users = "one user" if options.parallel == 1 else f"{options.parallel} users at once"
+        page = "" if _has_page(url) else "no web page, as this build was made without npm; "
+        note(f"{page}OpenAI's API under {url}/v1, {users}, {self._n_ctx} tokens of context each; Ctrl-C ends it")
+        typer.echo(url)  # last, as what waits for it may stop the server at once
+        sys.stdout.flush()
+
+
+def _has_page(url: str) -> bool:
+    """Whether the server has a web page; other answers, and none, count as no."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+    try:
+        connection.request("GET", "/", headers={"Accept": "text/html"})
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
