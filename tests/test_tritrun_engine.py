@@ -15,18 +15,19 @@ from tiny_gguf import TRAINED_CONTEXT, write_tiny_model
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 from tritrun.engine import Encoded, Engine, until
-from tritrun.llama import Sampling, load_bindings
+from tritrun.llama import load_bindings
+from tritrun.loading import Loading
+from tritrun.sampling import GREEDY, Sampling
 from tritrun.template import Message
 
 pytestmark = pytest.mark.build
 
 BOS = 1
-GREEDY = Sampling(temperature=0, top_p=1, seed=1)
 HELLO: list[Message] = [{"role": "user", "content": "hello"}]
 
 
 def load(path: Path, n_ctx: int | None = 512) -> Engine:
-    return Engine(read_model_file(path), n_ctx=n_ctx, threads=1)
+    return Engine(read_model_file(path), Loading(n_ctx))
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +41,12 @@ def test_until_finds_the_stop_wherever_it_is_cut(before: str, after: str, cuts: 
     text = before + "\nUser:" + after
     marks = [0, *sorted(cut for cut in cuts if cut <= len(text)), len(text)]
     pieces = [text[start:end] for start, end in pairwise(marks)]
-    assert "".join(until("\nUser:", pieces)) == text.partition("\nUser:")[0]
+    assert "".join(until(["\nUser:"], pieces)) == text.partition("\nUser:")[0]
 
 
 @given(pieces=st.lists(st.text("\nUse!")))
 def test_until_passes_on_all_text_without_the_stop(pieces: list[str]) -> None:
-    assert "".join(until("\nUser:", pieces)) == "".join(pieces)
+    assert "".join(until(["\nUser:"], pieces)) == "".join(pieces)
 
 
 def text_of(engine: Engine, prompt: Encoded) -> str:
@@ -123,7 +124,7 @@ def test_answers_repeat_and_count(engine: Engine) -> None:
 
 def test_seed_decides(engine: Engine) -> None:
     prompt = engine.encode(HELLO)
-    texts = ["".join(engine.answer(prompt, Sampling(1.5, 1.0, seed), 30)) for seed in (1, 1, 2)]
+    texts = ["".join(engine.answer(prompt, Sampling(1.5, top_p=1.0, seed=seed), 30)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tritrun.chat import Chat, ChatOptions
 from tritrun.engine import Answer, Encoded, Engine
-from tritrun.llama import Sampling
+from tritrun.sampling import GREEDY, Sampling
 from tritrun.template import BadTemplateError, ChatTemplate, Message
 
 HARMONY = (
@@ -39,8 +39,8 @@ class FakeEngine:
         self.asked.append(prompt.text)
         return Encoded([0] * len(prompt.text), prompt.opening)
 
-    def answer(self, prompt: Encoded, sampling: Sampling, max_tokens: int = 0) -> Answer:
-        return Answer(cast(Engine, self), prompt, sampling, max_tokens)
+    def answer(self, prompt: Encoded, sampling: Sampling, max_tokens: int = 0, stops: Sequence[str] = ()) -> Answer:
+        return Answer(cast(Engine, self), prompt, sampling, max_tokens, stops)
 
     def tokens(self, prompt: Encoded, sampling: Sampling) -> Iterator[int]:
         yield from map(ord, self._answer)
@@ -54,7 +54,7 @@ class FakeEngine:
 
 
 def chat(engine: FakeEngine, max_tokens: int = 0) -> Chat:
-    return Chat(cast(Engine, engine), ChatOptions(0, 1, 1, max_tokens))
+    return Chat(cast(Engine, engine), ChatOptions(GREEDY, 1, max_tokens))
 
 
 @pytest.mark.parametrize("template", ANSWERS, ids=["harmony", "think"])

@@ -68,6 +68,24 @@ def write_tiny_model(
     return path
 
 
+def write_tiny_adapter(path: Path, *, scale: float = 1.0, architecture: str = "llama", hidden: int = HIDDEN) -> Path:
+    """Write a LoRA of rank 4 for the output projections of attention of a tiny model."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    rng = np.random.default_rng(7)
+    for layer in range(LAYERS):
+        name = f"blk.{layer}.attn_output.weight"
+        writer.add_tensor(f"{name}.lora_a", rng.normal(0, scale, (4, hidden)).astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", rng.normal(0, scale, (hidden, 4)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def damaged(path: Path) -> Path:
     """Make a weight of output.weight a NaN."""
     reader = gguf.GGUFReader(path)

@@ -5,14 +5,14 @@ import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tritcore.console import err, error, note, without_controls
 from tritcore.errors import TritError
 from tritrun.conversation import Conversation
 from tritrun.engine import Answer, Engine, Finish
-from tritrun.llama import Sampling
+from tritrun.sampling import Sampling
 
 _HELP = """\
 /help        this list
@@ -34,12 +34,19 @@ _ENDINGS: dict[Finish | None, str] = {
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Settings of the answers. With `seed` None, a seed is drawn; `max_tokens` 0 means no limit."""
+    """Settings of the answers.
 
-    temperature: float
-    top_p: float
-    seed: int | None
-    max_tokens: int
+    Attributes:
+        sampling: how tokens are drawn; each answer has a seed of its own.
+        seed: that these come from; None draws one.
+        max_tokens: of an answer; 0 means no limit.
+        stops: texts that end an answer.
+    """
+
+    sampling: Sampling
+    seed: int | None = None
+    max_tokens: int = 0
+    stops: tuple[str, ...] = ()
 
 
 class Chat:
@@ -126,7 +133,8 @@ class Chat:
             note(f"the context is full: the model no longer sees the oldest {dropped} turn(s)")
         # Another seed for each turn, or the same words would come back; the same ones for the same --seed.
         seed = (self._seed + len(conversation.messages) // 2) % _RANDOM_SEED
-        answer = self._engine.answer(prompt, Sampling(options.temperature, options.top_p, seed), options.max_tokens)
+        sampling = replace(options.sampling, seed=seed)
+        answer = self._engine.answer(prompt, sampling, options.max_tokens, options.stops)
         said: list[str] = []
         reasoning = _Reasoning()
         try:

@@ -1,10 +1,13 @@
 """The `tritrun` command line."""
 
+import math
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.filesize import decimal as human_size
 from rich.measure import Measurement
@@ -14,6 +17,7 @@ from tritcore.commands import examples, new_app
 from tritcore.console import err, note, out
 from tritcore.errors import UsageError
 from tritcore.files import check_writable, write_text_atomically
+from tritcore.gguf_header import ModelFile
 from tritrun import variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
@@ -23,12 +27,16 @@ from tritrun.compare import compare as run_comparison
 from tritrun.compare import work_folder
 from tritrun.compare_plan import Plan, SpeedSettings
 from tritrun.engine import Engine
+from tritrun.grammar import grammar_of_schema, read_grammar
+from tritrun.llama import Adapter
+from tritrun.loading import Loading
 from tritrun.machine import available_memory, physical_cores
 from tritrun.memory import check_memory
-from tritrun.models import read_text_model
+from tritrun.models import read_adapter, read_projector, read_text_model
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
+from tritrun.sampling import Sampling
 from tritrun.serve import API_KEY, ServeOptions
 from tritrun.serve import serve as run_server
 from tritrun.tools import library_folder
@@ -40,6 +48,20 @@ def _versions() -> str:
 
 
 app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
+
+
+class KvType(str, Enum):
+    """Types of the key-value cache; those below q8_0 cost quality."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q5_1 = "q5_1"
+    Q5_0 = "q5_0"
+    IQ4_NL = "iq4_nl"
+    Q4_1 = "q4_1"
+    Q4_0 = "q4_0"
 
 
 def _gpu_layers(wanted: str) -> str:
@@ -71,6 +93,17 @@ GpuLayersOption = Annotated[
 CheckOption = Annotated[
     bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
 ]
+KvTypeOption = Annotated[KvType, typer.Option("--kv-type", help="Type of the key-value cache.")]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter in GGUF. May be repeated.", show_default=False
+    ),
+]
+DraftOption = Annotated[
+    Path | None,
+    typer.Option(metavar="MODEL.gguf", help="A smaller model of the same family, which guesses tokens."),
+]
 
 
 @app.command(
@@ -91,9 +124,29 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="System prompt; '' leaves out the model's own.")
     ] = None,
     temp: Annotated[float, typer.Option(min=0.0, metavar="T", help="Temperature; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, metavar="N", help="Draw from this many tokens; 0: from all.")] = 40,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from this share of the odds.")
     ] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Leave out tokens below this share of the best one.")
+    ] = 0.05,
+    repeat_penalty: Annotated[
+        float, typer.Option(min=0.01, max=100, metavar="X", help="Divide the logits of the last 64 tokens by this.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(min=-100, max=100, metavar="X", help="Take this from the logits of the last 64 tokens.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(min=-100, max=100, metavar="X", help="Take this from them for each time that they came.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text. May be repeated.")
+    ] = None,
+    grammar: Annotated[Path | None, typer.Option(metavar="FILE", help="Grammar of the answers, in GBNF.")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option(metavar="FILE|JSON", help="Answer in JSON that this schema describes.")
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=2**32 - 1, metavar="N", help="Gives the same answers again.", show_default="random"),
@@ -103,6 +156,9 @@ def chat(
     threads: ThreadsOption = None,
     cpu: CpuOption = None,
     gpu_layers: GpuLayersOption = "auto",
+    kv_type: KvTypeOption = KvType.F16,
+    lora: LoraOption = None,
+    draft: DraftOption = None,
     check: CheckOption = True,
 ) -> None:
     """Chat with a model.
@@ -111,15 +167,22 @@ def chat(
     /help in the chat lists its commands.
     """
     variants.force(cpu)
+    if grammar and json_schema:
+        raise UsageError("--grammar and --json-schema both say what an answer looks like: leave one of them out")
+    if "" in (stop or ()):
+        raise UsageError("--stop '' would end every answer: leave it out")
     file = read_text_model(model)
     threads = threads or physical_cores()
+    loading = _loading(file, ctx, threads, gpu_layers, check, kv_type, lora, draft)
+    rules = read_grammar(grammar) if grammar else grammar_of_schema(json_schema) if json_schema else None
+    sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, grammar=rules)
     question = sys.stdin.read() if prompt == "-" else prompt
     interactive = question is None and err.is_terminal
     if interactive:
         note(f"loading {file.path.name} ({human_size(file.size)})")
     end_in_one_line(file.path, library_folder())
-    with Engine(file, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers, check=check) as engine:
-        session = Chat(engine, ChatOptions(temp, top_p, seed, max_tokens), system)
+    with Engine(file, loading) as engine:
+        session = Chat(engine, ChatOptions(sampling, seed, max_tokens, tuple(stop or ())), system)
         if question is not None:
             session.answer_once(question)
             return
@@ -154,6 +217,12 @@ def serve(
     threads: ThreadsOption = None,
     cpu: CpuOption = None,
     gpu_layers: GpuLayersOption = "auto",
+    kv_type: KvTypeOption = KvType.F16,
+    lora: LoraOption = None,
+    draft: DraftOption = None,
+    mmproj: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The part of the model that sees or hears, in GGUF.")
+    ] = None,
     check: CheckOption = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the server's log.")] = False,
 ) -> None:
@@ -165,12 +234,43 @@ def serve(
     others = others or []
     if others and not others[0].startswith("-"):
         raise UsageError(f"{others[0]} is one too many: options of llama-server come after --")
-    run_server(
-        read_text_model(model),
-        ServeOptions(
-            host, port, ctx, parallel, api_key, gpu_layers, threads or physical_cores(), check, verbose, others
-        ),
+    file = read_text_model(model)
+    loading = _loading(file, ctx, threads or physical_cores(), gpu_layers, check, kv_type, lora, draft)
+    projector = read_projector(mmproj) if mmproj else None
+    run_server(file, ServeOptions(loading, host, port, parallel, api_key, projector, verbose, others))
+
+
+def _loading(
+    model: ModelFile,
+    n_ctx: int | None,
+    threads: int,
+    gpu_layers: str,
+    check: bool,
+    kv_type: KvType,
+    adapters: list[str] | None,
+    draft: Path | None,
+) -> Loading:
+    """How to load `model`, with its adapters and the model that guesses looked at."""
+    return Loading(
+        n_ctx,
+        threads,
+        gpu_layers,
+        check,
+        GGMLQuantizationType[kv_type.name],
+        tuple(_adapter(text, model) for text in adapters or ()),
+        read_text_model(draft) if draft else None,
     )
+
+
+def _adapter(text: str, model: ModelFile) -> Adapter:
+    name, _, number = text.rpartition("=")
+    try:
+        scale = float(number)
+    except ValueError:
+        name, scale = text, 1.0
+    if not name or not math.isfinite(scale):
+        raise UsageError(f"--lora {text}: not of the form FILE or FILE=SCALE")
+    return Adapter(read_adapter(Path(name), model), scale)
 
 
 @app.command(

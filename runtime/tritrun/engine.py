@@ -10,16 +10,15 @@ from tritcore.console import note
 from tritcore.errors import TritError
 from tritcore.gguf_header import ModelFile
 from tritrun import reasoning
-from tritrun.llama import Llama, Sampling, free_gpu_memory, has_gpu
-from tritrun.machine import available_memory
-from tritrun.memory import check_memory, layers_that_fit, n_layers
+from tritrun.llama import Llama
+from tritrun.loading import Loading
 from tritrun.models import read_text
 from tritrun.prompt import encode
+from tritrun.sampling import Sampling
 from tritrun.template import BadTemplateError, ChatTemplate, Message, Prompt, plain_prompt
 
 Finish = Literal["stop", "max-tokens", "context", "interrupted"]
 
-_DEFAULT_CONTEXT = 4096
 _TEMPLATE = "tokenizer.chat_template"
 _PLAIN = "using plain 'User:' and 'Assistant:' lines"
 _NEXT_QUESTION = "\nUser:"
@@ -39,39 +38,45 @@ class Encoded:
 class Engine:
     """A loaded model with one context. Close it, or use it in a `with` block."""
 
-    def __init__(
-        self, model: ModelFile, *, n_ctx: int | None, threads: int, gpu_layers: str = "auto", check: bool = True
-    ) -> None:
+    def __init__(self, model: ModelFile, loading: Loading) -> None:
         """Load `model`.
-
-        Args:
-            n_ctx: context in tokens; 0 takes all that the model was trained for, None at most 4096 of it.
-            threads: CPU threads.
-            gpu_layers: layers to keep on a GPU: a number, "all", or "auto" for as many as fit.
-            check: see that all weights are valid.
 
         Raises:
             TritError: the model does not fit into memory, is damaged, or llama.cpp refuses it.
         """
-        n_ctx = context_length(n_ctx, model.trained_context)
-        n_on_gpu = _layers_on_gpu(gpu_layers, model, n_ctx)
-        check_memory(model, n_ctx, available_memory(), on_gpu=n_on_gpu / n_layers(model))
-        self._llama = Llama(model.path, n_ctx=n_ctx, threads=threads, gpu_layers=n_on_gpu, check=check)
+        n_ctx = loading.context(model)
+        on_gpu = loading.layers_on_gpu(model, n_ctx)
+        loading.check_memory(model, n_ctx, on_gpu)
+        settings = {"n_ctx": n_ctx, "threads": loading.threads, "check": loading.check, "kv_type": loading.kv_type}
+        self._llama = Llama(model.path, gpu_layers=on_gpu, adapters=loading.adapters, **settings)
+        self._draft: Llama | None = None
         self.n_ctx = n_ctx
         self._merges_system = False
         try:
             if not self._llama.writes_by_decoder_alone:
                 raise TritError(f"{model.path} cannot be run: it is not a model that writes text from left to right")
+            if loading.draft is not None:
+                self._draft = Llama(loading.draft.path, gpu_layers=0, **settings)
+                if not self._draft.has_vocabulary_of(self._llama):
+                    raise TritError(
+                        f"{loading.draft.path} cannot guess for {model.path}: their vocabularies differ; "
+                        "take a model of the same family"
+                    )
             self._template = self._chat_template(model)
         except BaseException:
-            self._llama.close()
+            self._close()
             raise
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._llama.close()
+        if self._draft is not None:
+            self._draft.close()
 
     @property
     def has_chat_template(self) -> bool:
@@ -87,13 +92,18 @@ class Engine:
             tokens.insert(0, llama.bos)
         return Encoded(tokens, prompt.opening)
 
-    def answer(self, prompt: Encoded, sampling: Sampling, max_tokens: int = 0) -> "Answer":
-        """The answer to `prompt`, to be iterated; `max_tokens` 0 means as many as the context holds."""
-        return Answer(self, prompt, sampling, max_tokens)
+    def answer(self, prompt: Encoded, sampling: Sampling, max_tokens: int = 0, stops: Sequence[str] = ()) -> "Answer":
+        """The answer to `prompt`, to be iterated.
+
+        Args:
+            max_tokens: 0 means as many as the context holds.
+            stops: texts that end the answer and are left out of it.
+        """
+        return Answer(self, prompt, sampling, max_tokens, stops)
 
     def tokens(self, prompt: Encoded, sampling: Sampling) -> Iterator[int]:
         """Sample tokens after `prompt`, without end. What the last call has computed of it is used again."""
-        return self._llama.generate(prompt.tokens, sampling)
+        return self._llama.generate(prompt.tokens, sampling, self._draft)
 
     def ends_answer(self, token: int) -> bool:
         """True for an end-of-text or end-of-turn token."""
@@ -141,8 +151,11 @@ class Answer:
         finish: what ended it, None if the caller stopped to iterate; the caller sets "interrupted".
     """
 
-    def __init__(self, engine: Engine, prompt: Encoded, sampling: Sampling, max_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, prompt: Encoded, sampling: Sampling, max_tokens: int, stops: Sequence[str]
+    ) -> None:
         self._engine = engine
+        self._stops = stops if engine.has_chat_template else (*stops, _NEXT_QUESTION)
         self._prompt = prompt
         self._sampling = sampling
         room = engine.n_ctx - len(prompt)
@@ -169,10 +182,7 @@ class Answer:
         Raises:
             TritError: llama.cpp failed.
         """
-        text = self._text()
-        if not self._engine.has_chat_template:
-            text = until(_NEXT_QUESTION, text)
-        return reasoning.split(text, self._prompt.opening)
+        return reasoning.split(until(self._stops, self._text()), self._prompt.opening)
 
     def _text(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -198,41 +208,18 @@ class Answer:
                 return
 
 
-def until(stop: str, pieces: Iterable[str]) -> Iterator[str]:
-    """`pieces` up to the first `stop`, which may be spread over several of them."""
+def until(stops: Sequence[str], pieces: Iterable[str]) -> Iterator[str]:
+    """`pieces` up to the first of `stops`, which may be spread over several of them."""
     held = ""
     for piece in pieces:
         held += piece
-        before, found, _ = held.partition(stop)
-        if found:
-            yield before
+        if found := [at for stop in stops if (at := held.find(stop)) >= 0]:
+            yield held[: min(found)]
             return
-        # Hold back what may turn out to be the beginning of `stop`.
-        keep = next(n for n in range(len(stop) - 1, -1, -1) if held.endswith(stop[:n]))
+        # Hold back what may turn out to be the beginning of one.
+        keep = max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
         ready, held = held[: len(held) - keep], held[len(held) - keep :]
         if ready:
             yield ready
     if held:
         yield held
-
-
-def _layers_on_gpu(wanted: str, model: ModelFile, n_ctx: int) -> int:
-    """The number that `--gpu-layers wanted` stands for."""
-    if not has_gpu():
-        if wanted not in ("0", "auto"):
-            note("this build of llama.cpp has no GPU support: --gpu-layers is ignored")
-        return 0
-    if wanted == "auto":
-        return layers_that_fit(model, n_ctx, free_gpu_memory())
-    return n_layers(model) if wanted == "all" else min(int(wanted), n_layers(model))
-
-
-def context_length(asked: int | None, trained: int) -> int:
-    """Tokens of context for `--ctx asked` (0: as the model; None: not given), `trained` of the model (0: unknown)."""
-    if asked:
-        if trained and asked > trained:
-            note(f"the model was trained for {trained} tokens of context: expect poor answers beyond")
-        return asked
-    if asked == 0 and trained:
-        return trained
-    return min(trained, _DEFAULT_CONTEXT) or _DEFAULT_CONTEXT

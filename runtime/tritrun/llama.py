@@ -9,40 +9,55 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
 from tritcore.console import one_line
 from tritcore.errors import TritError
+from tritrun.sampling import GREEDY, Sampling, make_sampler
 from tritrun.tools import library_folder
 
 _BATCH = 512  # tokens computed at once
-_TOP_K, _MIN_P = 40, 0.05
+_GUESSES = 4  # tokens that a draft model proposes at once
 _INVALID_DATA = "has invalid data"
 _GPUS = (1, 2)  # ggml_backend_dev_type: GPU, integrated GPU
 _FULL = 1  # llama_decode: no room left in the context
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn, after llama.cpp's top-k 40 and min-p 0.05. Temperature 0 is greedy."""
+class Adapter:
+    """A LoRA file, and the factor of what it adds to the weights."""
 
-    temperature: float
-    top_p: float
-    seed: int
+    path: Path
+    scale: float = 1.0
 
 
 class Llama:
     """A loaded model with one context. Close it."""
 
-    def __init__(self, path: Path, *, n_ctx: int, threads: int, gpu_layers: int, check: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int,
+        threads: int,
+        gpu_layers: int,
+        check: bool,
+        kv_type: GGMLQuantizationType = GGMLQuantizationType.F16,
+        adapters: Sequence[Adapter] = (),
+    ) -> None:
         """Load a model.
 
         Args:
             n_ctx: context in tokens.
             gpu_layers: layers to keep on a GPU.
             check: whether all weights are valid: blocks of TRIT types, no NaN and no infinity.
+            kv_type: of the key-value cache.
+            adapters: to add to the weights.
 
         Raises:
             TritError: llama.cpp refuses the file.
@@ -57,9 +72,10 @@ class Llama:
             raise refusal(path, log.first_error)
         self._context = None
         try:
-            self._context = cpp.llama_init_from_model(self._model, _context_options(cpp, n_ctx, threads))
+            self._context = cpp.llama_init_from_model(self._model, _context_options(cpp, n_ctx, threads, kv_type))
             if not self._context:
                 raise refusal(path, log.first_error)
+            self._add(adapters, log)
         except BaseException:
             self.close()
             raise
@@ -129,34 +145,76 @@ class Llama:
                 return buffer.raw[:n]
             size = -n
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def generate(self, prompt: Sequence[int], sampling: Sampling, draft: "Llama | None" = None) -> Iterator[int]:
         """Draw tokens after `prompt`, without end. What the context holds of it is not computed again.
+
+        Args:
+            draft: a smaller model with the same vocabulary, which guesses the next tokens: those that would have been
+                drawn anyway are computed together. The distribution of the answers stays the same.
 
         Raises:
             TritError: llama.cpp fails.
         """
-        sampler = self._sampler(sampling)
+        sampler = make_sampler(self._cpp, self._vocab, sampling, prompt)
         try:
             new = self._keep_common(prompt)
             while True:
-                self.compute(new)
-                token: int = self._cpp.llama_sampler_sample(sampler, self._context, -1)
-                yield token
-                new = [token]
+                guesses = draft.guess([*self._seen, *new], self._room(new)) if draft is not None else []
+                if guesses:
+                    self.compute(new[:-1])
+                    self._compute_with_guesses([new[-1], *guesses])
+                else:
+                    self.compute(new)
+                for n_left, guess in zip(range(len(guesses), -1, -1), [*guesses, None], strict=True):
+                    token: int = self._cpp.llama_sampler_sample(sampler, self._context, -1 - n_left)
+                    yield token
+                    if token != guess:
+                        break
+                known = self._seen[: len(self._seen) - n_left]
+                if n_left:
+                    self._forget(len(known))
+                new = [*known[len(self._seen) :], token]
         finally:
             self._cpp.llama_sampler_free(sampler)
+
+    def guess(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The likeliest tokens after `tokens`."""
+        return list(islice(self.generate(tokens, GREEDY), count))
+
+    def has_vocabulary_of(self, other: "Llama") -> bool:
+        """Whether both models mean the same by a token."""
+        counts = [self._cpp.llama_vocab_n_tokens(one._vocab) for one in (self, other)]
+        return counts[0] == counts[1] and all(self.name(token) == other.name(token) for token in range(counts[0]))
 
     def compute(self, tokens: Sequence[int]) -> None:
         """Let the model read more tokens. Raises TritError if llama.cpp fails."""
         for at in range(0, len(tokens), _BATCH):
             part = list(tokens[at : at + _BATCH])
             array = (ctypes.c_int32 * len(part))(*part)  # in a variable, as the batch points to it
-            batch = self._cpp.llama_batch_get_one(array, len(part))
-            if code := self._cpp.llama_decode(self._context, batch):
-                self._forget(0)  # what the context holds now is not known
-                reason = "the context is full" if code == _FULL else f"llama_decode returned {code}"
-                raise TritError(f"llama.cpp failed while answering: {reason}")
-            self._seen += part
+            self._decode(self._cpp.llama_batch_get_one(array, len(part)), part)
+
+    def _compute_with_guesses(self, tokens: Sequence[int]) -> None:
+        """Read tokens, and predict what follows each of them."""
+        batch = self._cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for index, token in enumerate(tokens):
+                batch.token[index], batch.pos[index] = token, len(self._seen) + index
+                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, True
+            self._decode(batch, tokens)
+        finally:
+            self._cpp.llama_batch_free(batch)
+
+    def _decode(self, batch: Any, tokens: Sequence[int]) -> None:
+        if code := self._cpp.llama_decode(self._context, batch):
+            self._forget(0)  # what the context holds now is not known
+            reason = "the context is full" if code == _FULL else f"llama_decode returned {code}"
+            raise TritError(f"llama.cpp failed while answering: {reason}")
+        self._seen += tokens
+
+    def _room(self, new: Sequence[int]) -> int:
+        """How many guesses the context holds after new tokens."""
+        return max(0, min(_GUESSES, self.n_ctx - len(self._seen) - len(new)))
 
     def _keep_common(self, prompt: Sequence[int]) -> Sequence[int]:
         """Forget what the context holds beyond the beginning of `prompt`; returns its rest, one token at least."""
@@ -175,22 +233,20 @@ class Llama:
             first = 0
         del self._seen[first:]
 
-    def _sampler(self, sampling: Sampling) -> Any:
+    def _add(self, adapters: Sequence[Adapter], log: "_ErrorLog") -> None:
+        """Add adapters to the weights. Raises TritError if one does not fit."""
         cpp = self._cpp
-        chain = cpp.llama_sampler_chain_init(cpp.llama_sampler_chain_default_params())
-        if sampling.temperature == 0:
-            steps = [cpp.llama_sampler_init_greedy()]
-        else:
-            steps = [
-                cpp.llama_sampler_init_top_k(_TOP_K),
-                cpp.llama_sampler_init_top_p(sampling.top_p, 1),
-                cpp.llama_sampler_init_min_p(_MIN_P, 1),
-                cpp.llama_sampler_init_temp(sampling.temperature),
-                cpp.llama_sampler_init_dist(sampling.seed),
-            ]
-        for step in steps:
-            cpp.llama_sampler_chain_add(chain, step)
-        return chain
+        loaded = []
+        for adapter in adapters:
+            one = cpp.llama_adapter_lora_init(self._model, str(adapter.path).encode(errors="surrogateescape"))
+            if not one:
+                reason = one_line(log.first_error) or "it does not say why"
+                raise TritError(f"{adapter.path}: llama.cpp cannot add it to this model: {reason}")
+            loaded.append(one)
+        if loaded:
+            scales = (ctypes.c_float * len(loaded))(*(adapter.scale for adapter in adapters))
+            array = (cpp.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)  # the model frees them
+            cpp.llama_set_adapters_lora(self._context, array, len(loaded), scales)
 
 
 class _ErrorLog:
@@ -263,12 +319,15 @@ def _load(cpp: ModuleType, path: Path, options: Any) -> Any:
             raise
 
 
-def _context_options(cpp: ModuleType, n_ctx: int, threads: int) -> Any:
+def _context_options(cpp: ModuleType, n_ctx: int, threads: int, kv_type: GGMLQuantizationType) -> Any:
     options = cpp.llama_context_default_params()
     options.n_ctx = n_ctx
     options.n_batch = options.n_ubatch = min(n_ctx, _BATCH)
     options.n_threads = options.n_threads_batch = threads
-    options.flash_attn_type = cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    options.type_k = options.type_v = kv_type.value
+    # Without it only values in float16 and float32 can be read.
+    flash = kv_type not in (GGMLQuantizationType.F16, GGMLQuantizationType.F32)
+    options.flash_attn_type = cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return options
 
 

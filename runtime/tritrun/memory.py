@@ -1,16 +1,16 @@
 """The memory that a model needs: weights and key-value cache, less what a GPU holds."""
 
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.filesize import decimal as human_size
 
 from tritcore.errors import TritError
 from tritcore.gguf_header import ModelFile
 
-_BYTES = 2  # of a key or a value: float16
 _TO_COMPUTE_WITH = 1 << 30  # bytes of a GPU that stay free, as llama.cpp's --fit-target has it
 
 
-def kv_cache_bytes(model: ModelFile, n_ctx: int) -> int:
-    """Estimate of the float16 key-value cache for `n_ctx` tokens, in bytes.
+def kv_cache_bytes(model: ModelFile, n_ctx: int, kv_type: GGMLQuantizationType = GGMLQuantizationType.F16) -> int:
+    """Estimate of the key-value cache for `n_ctx` tokens, in bytes.
 
     It is an upper bound for models with sliding windows, and 0 where the metadata lack the sizes.
     """
@@ -19,7 +19,8 @@ def kv_cache_bytes(model: ModelFile, n_ctx: int) -> int:
     keys = model.hyperparameter("attention.key_length") or width
     values = model.hyperparameter("attention.value_length") or width
     _, kv_heads = _heads(model, "attention.head_count_kv")
-    return _BYTES * n_ctx * (kv_heads or heads) * (keys + values)
+    block, n_bytes = GGML_QUANT_SIZES[kv_type]
+    return n_bytes * n_ctx * (kv_heads or heads) * (keys + values) // block
 
 
 def n_layers(model: ModelFile) -> int:
@@ -27,25 +28,35 @@ def n_layers(model: ModelFile) -> int:
     return model.hyperparameter("block_count") + 1
 
 
-def layers_that_fit(model: ModelFile, n_ctx: int, free: int) -> int:
+def layers_that_fit(
+    model: ModelFile, n_ctx: int, free: int, kv_type: GGMLQuantizationType = GGMLQuantizationType.F16
+) -> int:
     """How many layers, with their key-value caches, a GPU with `free` bytes holds beside what it computes with."""
-    layer = (model.size + kv_cache_bytes(model, n_ctx)) / n_layers(model)
+    layer = (model.size + kv_cache_bytes(model, n_ctx, kv_type)) / n_layers(model)
     return max(0, min(int((free - _TO_COMPUTE_WITH) / layer), n_layers(model)))
 
 
-def check_memory(model: ModelFile, n_ctx: int, available: int | None, on_gpu: float = 0.0) -> None:
+def check_memory(
+    model: ModelFile,
+    n_ctx: int,
+    available: int | None,
+    *,
+    on_gpu: float = 0.0,
+    kv_type: GGMLQuantizationType = GGMLQuantizationType.F16,
+) -> None:
     """Check that a model fits into memory.
 
     Args:
         n_ctx: context length in tokens.
         available: bytes of memory. None stands for an unknown number: every model passes.
         on_gpu: share of the layers that a GPU holds, 0..1.
+        kv_type: of the key-value cache.
 
     Raises:
         TritError: weights and key-value cache need more than `available`.
     """
     weights = int(model.size * (1 - on_gpu))
-    cache = int(kv_cache_bytes(model, n_ctx) * (1 - on_gpu))
+    cache = int(kv_cache_bytes(model, n_ctx, kv_type) * (1 - on_gpu))
     if available is not None and weights + cache > available:
         raise TritError(
             f"{model.path} does not fit into memory: it needs {human_size(weights)} for weights and about "

@@ -38,6 +38,25 @@ def read_text_model(path: Path) -> ModelFile:
     return model
 
 
+def read_adapter(path: Path, model: ModelFile) -> Path:
+    """See that a file is a LoRA adapter for the architecture of `model`. Raises TritError if it is not."""
+    adapter = read_model_file(path)
+    kind, architecture = adapter.metadata.get("adapter.type"), adapter.metadata.get("general.architecture")
+    if adapter.metadata.get("general.type") != "adapter" or kind != "lora":
+        raise TritError(f"{path} is no LoRA adapter in GGUF; llama.cpp's convert_lora_to_gguf.py makes one")
+    if architecture != model.metadata.get("general.architecture"):
+        raise TritError(f"{path} is an adapter for another architecture: {architecture}")
+    return adapter.path
+
+
+def read_projector(path: Path) -> Path:
+    """See that a file is the part of a model that sees or hears. Raises TritError if it is not."""
+    projector = read_model_file(path)
+    if projector.metadata.get("general.architecture") != "clip":
+        raise TritError(f"{path} is no part that sees or hears: its architecture is not 'clip', as an mmproj file's is")
+    return projector.path
+
+
 def paths_of(model: ModelFile) -> list[Path]:
     """The file of a model, or all files of one in parts. Raises TritError if a part has gone."""
     return [part.path for part in parts_of(read_model_file(model.path))]

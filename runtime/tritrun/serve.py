@@ -7,16 +7,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 
 from tritcore.console import note, one_line, warning
-from tritcore.errors import TritError
+from tritcore.errors import TritError, UsageError
 from tritcore.gguf_header import ModelFile
-from tritrun.engine import context_length
 from tritrun.llama import has_gpu, refusal
-from tritrun.machine import available_memory
-from tritrun.memory import check_memory
+from tritrun.loading import Loading
 from tritrun.tool_log import read_record
 from tritrun.tools import run_tool
 
@@ -35,27 +34,24 @@ class ServeOptions:
     """How to serve a model.
 
     Attributes:
+        loading: its context is that of each user.
         host: the address to listen on.
         port: 0 for a free one.
-        n_ctx: context of each user in tokens; 0 takes all that the model was trained for, None at most 4096 of it.
         parallel: users at once; more wait.
         api_key: that clients must send; None lets everybody in.
-        gpu_layers: as llama.cpp has it: a number, "auto" or "all".
-        check: see that all weights are valid.
+        mmproj: the part of the model that sees or hears; None for a model of text.
         verbose: show the server's log.
         others: options of llama-server, which come last and so win.
     """
 
+    loading: Loading
     host: str
     port: int
-    n_ctx: int | None
     parallel: int
-    api_key: str | None
-    gpu_layers: str
-    threads: int
-    check: bool
-    verbose: bool
-    others: Sequence[str]
+    api_key: str | None = None
+    mmproj: Path | None = None
+    verbose: bool = False
+    others: Sequence[str] = ()
 
 
 def serve(model: ModelFile, options: ServeOptions) -> None:
@@ -64,9 +60,9 @@ def serve(model: ModelFile, options: ServeOptions) -> None:
     Raises:
         TritError: the model does not fit into memory, is damaged, the address is taken, or the server fails.
     """
-    n_ctx = context_length(options.n_ctx, model.trained_context)
-    if options.gpu_layers == "0" or not has_gpu():
-        check_memory(model, n_ctx * options.parallel, available_memory())
+    n_ctx = options.loading.context(model)
+    if options.loading.gpu_layers == "0" or not has_gpu():  # else the server makes it fit
+        options.loading.check_memory(model, n_ctx * options.parallel, on_gpu=0)
     if not options.api_key and not _is_loopback(options.host):
         warning(f"anybody who reaches {options.host} can use this server: give --api-key")
     log = _Log(options, n_ctx)
@@ -93,15 +89,24 @@ def serve(model: ModelFile, options: ServeOptions) -> None:
 
 
 def _arguments(model: ModelFile, options: ServeOptions, n_ctx: int) -> list[str]:
-    arguments = ["--model", str(model.path), "--host", options.host, "--port", str(options.port)]
+    loading, kv_type = options.loading, options.loading.kv_type.name.lower()
+    arguments = ["--model", model.path, "--host", options.host, "--port", options.port]
     # Each user has a context of his own, which no other one can fill.
-    arguments += ["--ctx-size", str(n_ctx * options.parallel), "--parallel", str(options.parallel), "--no-kv-unified"]
-    arguments += ["--threads", str(options.threads), "--gpu-layers", options.gpu_layers]
-    arguments += ["--embeddings", "--pooling", "mean"]
-    # Otherwise every page that a browser shows could talk to the server.
+    arguments += ["--ctx-size", n_ctx * options.parallel, "--parallel", options.parallel, "--no-kv-unified"]
+    arguments += ["--threads", loading.threads, "--gpu-layers", loading.gpu_layers]
+    arguments += ["--cache-type-k", kv_type, "--cache-type-v", kv_type, "--embeddings", "--pooling", "mean"]
+    arguments += ["--check-tensors"] if loading.check else []
+    for adapter in loading.adapters:
+        if set(",:") & set(str(adapter.path)):
+            raise UsageError(f"{adapter.path}: llama-server takes no comma and no colon in the name of an adapter")
+        arguments += ["--lora-scaled", f"{adapter.path}:{adapter.scale}"]
+    if loading.draft is not None:
+        arguments += ["--model-draft", loading.draft.path, "--spec-type", "draft-simple"]
+    if options.mmproj is not None:
+        arguments += ["--mmproj", options.mmproj]
+    # With others, any page that a browser shows could talk to the server.
     arguments += ["--cors-origins", "localhost", "--log-jsonl"]
-    arguments += ["--check-tensors"] if options.check else []
-    return [*arguments, *options.others]
+    return [*map(str, arguments), *options.others]
 
 
 def _is_loopback(host: str) -> bool:
