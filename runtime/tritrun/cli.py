@@ -13,7 +13,8 @@ from rich.table import Table
 from tritcore.commands import examples, new_app
 from tritcore.console import err, note, out
 from tritcore.files import check_writable, write_text_atomically
-from tritrun import variants
+from tritcore.reference import find_model
+from tritrun import listing, variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
 from tritrun.charts import as_svg
@@ -25,6 +26,7 @@ from tritrun.engine import Engine
 from tritrun.machine import available_memory, physical_cores
 from tritrun.memory import check_memory
 from tritrun.models import read_text_model
+from tritrun.naming import find_labelled
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
@@ -38,7 +40,8 @@ def _versions() -> str:
 
 app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
 
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model file.", show_default=False)]
+_MODEL_HELP = "A file, or org/name:TYPE of the hub."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="physical cores"),
@@ -52,6 +55,7 @@ CpuOption = Annotated[
 @app.command(
     epilog=examples(
         "tritrun chat model-TRIT3.gguf",
+        "tritrun chat org/name:TRIT3",
         "tritrun chat model-TRIT3.gguf --system 'Answer in French.' --temp 0",
         "tritrun chat model-TRIT3.gguf --prompt 'What is the capital of France?'",
         "git diff | tritrun chat model-TRIT3.gguf --system 'Explain.' --prompt -",
@@ -98,7 +102,7 @@ def chat(
     /help in the chat lists its commands.
     """
     variants.force(cpu)
-    file = read_text_model(model)
+    file = read_text_model(find_model(model))
     threads = threads or physical_cores()
     question = sys.stdin.read() if prompt == "-" else prompt
     interactive = question is None and err.is_terminal
@@ -127,7 +131,7 @@ def chat(
 def perplexity(
     model: ModelArgument,
     file: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="Text to predict.", show_default=False)],
-    base: Annotated[Path | None, typer.Option(metavar="F16.gguf", help="Model to give the KL divergence from.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to give the KL divergence from.")] = None,
     chunks: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Chunks of text to use.", show_default="all")
     ] = None,
@@ -146,7 +150,8 @@ def perplexity(
     if json and json != "-":
         check_writable(Path(json))
     run = Run(file, ctx, chunks, threads or physical_cores())
-    result = run.measure(read_text_model(model), read_text_model(base) if base else None, logits)
+    read = read_text_model(find_model(model))
+    result = run.measure(read, read_text_model(find_model(base)) if base else None, logits)
     if json == "-":
         typer.echo(result.as_json(), nl=False)
         return
@@ -157,7 +162,7 @@ def perplexity(
 
 @app.command(epilog=examples("tritrun bench model-TRIT2.gguf model-TRIT3.gguf model-Q4_K_M.gguf"))
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Model files.", show_default=False)],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=_MODEL_HELP, show_default=False)],
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", min=1, metavar="N", help="Length of the prompt.")
     ] = 512,
@@ -170,7 +175,7 @@ def bench(
 ) -> None:
     """Measure the speed of models, with llama.cpp's own llama-bench."""
     variants.force(cpu)
-    files = [read_text_model(model) for model in models]
+    files = [read_text_model(find_model(model)) for model in models]
     for file in files:
         check_memory(file, prompt_tokens, available_memory())
     run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores())
@@ -185,11 +190,11 @@ def bench(
     )
 )
 def compare(
-    base: Annotated[Path, typer.Option(metavar="F16.gguf", help="Model to compare with.", show_default=False)],
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Model to compare with.", show_default=False)],
     text: Annotated[Path, typer.Option(metavar="TEXT", help="Text to predict.", show_default=False)],
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL.gguf|LABEL=MODEL.gguf...", help="Model files.", show_default=False),
+        typer.Argument(metavar="MODEL|LABEL=MODEL...", help=_MODEL_HELP, show_default=False),
     ] = None,
     recipe: Annotated[
         list[str] | None,
@@ -249,9 +254,9 @@ def compare(
     for path in outputs:
         check_writable(path)
     plan = Plan(
-        base=base,
+        base=find_model(base),
         text=text,
-        models=models or [],
+        models=[find_labelled(model) for model in models or ()],
         recipes=list(dict.fromkeys(recipes)),
         chunks=chunks,
         ctx=ctx,
@@ -274,6 +279,26 @@ def compare(
         write_text_atomically(html, as_page(comparison))
     if svg:
         write_text_atomically(svg, as_svg(comparison))
+
+
+@app.command("list", epilog=examples("tritrun list", "tritrun list ~/models --json -"))
+def list_models(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER...", help="Folders to look in.", show_default="the current one, and models"),
+    ] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the list as JSON; - is stdout.")] = None,
+) -> None:
+    """List the GGUF models in folders and in the cache of the hub: how to call them, type, size, bits per weight."""
+    if json and json != "-":
+        check_writable(Path(json))
+    found = listing.local_models(folders or [folder for folder in (Path(), Path("models")) if folder.is_dir()])
+    if json == "-":
+        typer.echo(listing.as_json(found), nl=False)
+        return
+    _print_whole(listing.as_table(found))
+    if json:
+        write_text_atomically(Path(json), listing.as_json(found))
 
 
 def _print_whole(table: Table) -> None:
