@@ -101,8 +101,8 @@ class _Stated:
 def download_model(repo: str, file: str | None, type_name: str | None, revision: str | None) -> Path:
     """The path of a GGUF model of the hub, in the cache of huggingface_hub. What is not there yet is downloaded.
 
-    Without a network, or with HF_HUB_OFFLINE, it is looked for in the cache alone. On a terminal the user is asked
-    which one of several is meant.
+    Without a network, with HF_HUB_OFFLINE or while the hub is out of service, it is looked for in the cache alone.
+    On a terminal the user is asked which one of several is meant.
 
     Args:
         repo: such as `org/name`.
@@ -123,10 +123,10 @@ def download_model(repo: str, file: str | None, type_name: str | None, revision:
             info = HfApi().model_info(
                 repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
-        except HfHubHTTPError:
-            raise
-        except (HTTPError, OSError):  # nobody was asked, or nobody answers
-            return _find_in_cache(wanted)
+        except (HTTPError, OSError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            return _find_in_cache(wanted)  # nobody was asked, or nobody answers
         siblings = {one.rfilename: one for one in info.siblings or () if _is_gguf(one.rfilename)}
         parts = _choose(wanted, {name: one.size for name, one in siblings.items()})
         if info.sha is None or not _COMMIT.fullmatch(info.sha):
@@ -224,8 +224,8 @@ def _says(parts: Sequence[str], type_name: str) -> bool:
 
 
 def _stem(parts: Sequence[str]) -> str:
-    path = PurePosixPath(parts[0])
-    return str(path.with_name(name_of_model(Path(path.name))))
+    """The name of a model with its folder, without what follows from the file."""
+    return str(PurePosixPath(parts[0]).with_name(name_of_model(Path(parts[0]))))
 
 
 def _reference(repo: str, parts: Sequence[str], models: Iterable[Sequence[str]], revision: str | None) -> str:

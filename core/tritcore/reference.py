@@ -27,7 +27,7 @@ def find_model(reference: str) -> Path:
         TritError: the hub has no such model, several that fit, or it cannot be had.
     """
     found, path = _REFERENCE.fullmatch(reference), Path(reference)
-    if found is None or os.path.exists(path) or (found["file"] and path.parent.is_dir()):
+    if found is None or os.path.exists(path) or (found["file"] and os.path.isdir(path.parent)):
         return path
     from tritcore import hub  # loads huggingface_hub
 
