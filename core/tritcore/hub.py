@@ -132,8 +132,8 @@ def download_model(repo: str, file: str | None, type_name: str | None, revision:
         if info.sha is None or not _COMMIT.fullmatch(info.sha):
             raise TritError(f"{constants.ENDPOINT} states no commit for {repo}: check HF_ENDPOINT")
         paths = [_fetch(repo, info.sha, _stated(repo, siblings[name])) for name in parts]
-        if revision != info.sha:
-            ref = _storage(repo) / "refs" / (revision or _MAIN)
+        ref = _storage(repo) / "refs" / (revision or _MAIN)
+        if revision != info.sha and not (ref.is_file() and _commit(ref) == info.sha):
             ref.parent.mkdir(parents=True, exist_ok=True)
             files.write_text_atomically(ref, info.sha)
         return paths[0]
@@ -175,7 +175,7 @@ def _names_in(folder: Path) -> list[str]:
 def _is_gguf(name: str) -> bool:
     """Whether a name is that of a GGUF file, and leads to no other folder."""
     path = PurePosixPath(name)
-    return name.lower().endswith(".gguf") and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    return path.suffix.lower() == ".gguf" and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _find_in_cache(wanted: _Wanted) -> Path:
@@ -225,7 +225,8 @@ def _says(parts: Sequence[str], type_name: str) -> bool:
 
 def _stem(parts: Sequence[str]) -> str:
     """The name of a model with its folder, without what follows from the file."""
-    return str(PurePosixPath(parts[0]).with_name(name_of_model(Path(parts[0]))))
+    path = Path(parts[0])
+    return f"{path.parent.as_posix()}/{name_of_model(path)}"
 
 
 def _reference(repo: str, parts: Sequence[str], models: Iterable[Sequence[str]], revision: str | None) -> str:
@@ -264,20 +265,25 @@ def _stated(repo: str, sibling: RepoSibling) -> _Stated:
 
 def _fetch(repo: str, commit: str, file: _Stated) -> Path:
     """The path of a file in the cache, whole and as the hub states it."""
-    blob = _storage(repo) / "blobs" / file.digest
-    # what is larger does not come by plain HTTP; huggingface_hub gets it by Xet, which checks each chunk
-    if not _is_whole(blob, file) and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
-        lock = Path(constants.HF_HUB_CACHE) / ".locks" / _storage(repo).name / f"{file.digest}.lock"
-        for place in (blob, lock):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):  # the one of huggingface_hub
-            if not _is_whole(blob, file):  # another process may have brought it meanwhile
-                _download(repo, commit, file, blob)
+    storage = _storage(repo)
+    place = storage / "snapshots" / commit / file.name
+    if _is_whole(place, file):
+        return place
+    blob, lock = storage / "blobs" / file.digest, storage.parent / ".locks" / storage.name / f"{file.digest}.lock"
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # the one of huggingface_hub
+        for path in (place, blob):
+            if not _is_whole(path, file):
+                path.unlink(missing_ok=True)
+        # what is larger does not come by plain HTTP; huggingface_hub gets it by Xet, which checks each chunk
+        if not blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+            _download(repo, commit, file, blob)
     return Path(hf_hub_download(repo, file.name, revision=commit))
 
 
-def _is_whole(blob: Path, file: _Stated) -> bool:
-    return blob.is_file() and blob.stat().st_size == file.size
+def _is_whole(path: Path, file: _Stated) -> bool:
+    return path.is_file() and path.stat().st_size == file.size
 
 
 def _download(repo: str, commit: str, file: _Stated, blob: Path) -> None:

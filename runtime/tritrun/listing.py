@@ -93,7 +93,7 @@ def _in_folders(folders: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     """A reference to each GGUF file or split model, and its path."""
     for folder in folders:
         try:
-            names = [path.name for path in folder.iterdir() if path.name.lower().endswith(".gguf") and path.is_file()]
+            names = [path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf" and path.is_file()]
         except OSError as error:
             raise TritError(f"{folder}: cannot be read: {error.strerror}") from error
         for parts in group_parts(names):
