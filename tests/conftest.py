@@ -1,10 +1,13 @@
 """Fixtures that several test files share."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import hub
 import pytest
 from checkpoints import make_checkpoint, smollm2_checkpoint, to_f16_gguf
+from huggingface_hub import constants
 from tiny_gguf import write_tiny_model
 
 
@@ -37,3 +40,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def f16_gguf(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama in F16."""
     return to_f16_gguf(checkpoint, tmp_path_factory.mktemp("gguf") / "tiny-llama-F16.gguf")
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[hub.Hub], None]:
+    """Make downloads of this process go to a stand-in, with a cache of their own, `tmp_path / "cache"`."""
+
+    def of(server: hub.Hub) -> None:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    return of

@@ -11,7 +11,6 @@ import hub
 import pytest
 from checkpoints import tritconv
 from gguf import GGUFReader
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from tritconv.sources.checkpoint import find_checkpoint
@@ -120,20 +119,6 @@ def test_no_network(tmp_path: Path) -> None:
     env = _environment(tmp_path / "home", "http://127.0.0.1:9")  # the discard port: nobody answers
     _fails(_convert("org/tiny", work, env), work, "org/tiny is not in the cache", "network")
     _fails(_convert("org/tiny", work, env | {"HF_HUB_OFFLINE": "1"}), work, "org/tiny is not in the cache")
-
-
-@pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[hub.Hub], None]:
-    """Make downloads of this process go to a stand-in, with a cache of their own."""
-
-    def of(server: hub.Hub) -> None:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-
-    return of
 
 
 def test_a_push_in_the_middle_mixes_no_commits(

@@ -23,6 +23,7 @@ from tritcore.console import out, warning
 from tritcore.errors import UsageError
 from tritcore.format import DEPTHS
 from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
+from tritcore.reference import find_model
 
 if TYPE_CHECKING:
     from tritconv.allocate import Budget
@@ -54,6 +55,7 @@ class StorageType(str, Enum):
         return GGMLQuantizationType[self.name]
 
 
+_MODEL_HELP = "A GGUF file, or org/name:TYPE of the hub."
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="all cores")
 ]
@@ -254,13 +256,13 @@ def hf_to_gguf(
 @app.command("gguf-to-gguf", epilog=examples("tritconv gguf-to-gguf model-F16.gguf --depth 2"))
 @conversion
 def gguf_to_gguf(
-    source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A GGUF file of any type.", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP} Of any type.", show_default=False)],
     options: ConversionOptions,
 ) -> None:
     """Encode a GGUF file again. The fewer bits the input has, the more its own error shows."""
     from tritconv import convert, report
 
-    written = convert.gguf_to_gguf(source, _job(options))
+    written = convert.gguf_to_gguf(find_model(source), _job(options))
     if written is not None:
         out.print(report.conversion_report(written))
 
@@ -272,7 +274,7 @@ def gguf_to_gguf(
     )
 )
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)],
     tensor: Annotated[
         str | None,
         typer.Option("--tensor", metavar="NAME", help="Count the codes and scale indexes of this tensor."),
@@ -281,6 +283,7 @@ def inspect(
     """Show metadata, tensors, types and bits per weight of a GGUF file."""
     from tritconv import inspect as inspection
 
+    path = find_model(model)
     for table in inspection.tensor_tables(path, tensor) if tensor else inspection.file_tables(path):
         out.print(table)
 
@@ -310,7 +313,7 @@ _LEAST_SIZE = 10**5  # bytes of a file: below that, a unit has been forgotten
 
 @app.command(epilog=examples("tritconv verify model-TRIT2.gguf", "tritconv verify *.gguf"))
 def verify(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="GGUF files.", show_default=False)],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=_MODEL_HELP, show_default=False)],
     threads: Threads = None,
 ) -> None:
     """Check GGUF files of any type: header, TRIT blocks, NaN and Inf, and whether llama.cpp would load them.
@@ -319,7 +322,7 @@ def verify(
     """
     from tritconv import verify as verification
 
-    if not verification.verify(paths, threads or all_cores()):
+    if not verification.verify([find_model(model) for model in models], threads or all_cores()):
         raise typer.Exit(1)
 
 

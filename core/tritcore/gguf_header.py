@@ -10,7 +10,7 @@ import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,6 +293,21 @@ def name_of_model(path: Path) -> str:
     """The name of a GGUF file without .gguf, and without the part number of a split model."""
     part = _PART_NAME.fullmatch(path.name)
     return part["stem"] if part else path.name.removesuffix(".gguf")
+
+
+def number_of_parts(name: str) -> int:
+    """The number of parts of a model, as the name of one of its files says; 1 if that is no name of a part."""
+    part = _PART_NAME.fullmatch(name)
+    return int(part["count"]) if part else 1
+
+
+def group_parts(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The names of GGUF files, those of the parts of one model together, all in order. Parts may be missing."""
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for name in sorted(names):
+        part = _PART_NAME.fullmatch(name)
+        groups.setdefault((part["stem"], part["count"]) if part else (name, None), []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 def raw_values(model: ModelFile) -> Iterator[tuple[str, Field, Any]]:

@@ -1,13 +1,10 @@
 """The `tritrun` command line."""
 
-import math
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.filesize import decimal as human_size
 from rich.measure import Measurement
@@ -17,8 +14,8 @@ from tritcore.commands import examples, new_app
 from tritcore.console import err, note, out
 from tritcore.errors import UsageError
 from tritcore.files import check_writable, write_text_atomically
-from tritcore.gguf_header import ModelFile
-from tritrun import variants
+from tritcore.reference import find_model
+from tritrun import listing, variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
 from tritrun.charts import as_svg
@@ -28,11 +25,24 @@ from tritrun.compare import work_folder
 from tritrun.compare_plan import Plan, SpeedSettings
 from tritrun.engine import Engine
 from tritrun.grammar import grammar_of_schema, read_grammar
-from tritrun.llama import Adapter
-from tritrun.loading import Loading
 from tritrun.machine import available_memory, physical_cores
 from tritrun.memory import check_memory
-from tritrun.models import read_adapter, read_projector, read_text_model
+from tritrun.models import read_projector, read_text_model
+from tritrun.naming import find_labelled
+from tritrun.options import (
+    MODEL_HELP,
+    CheckOption,
+    ContextOption,
+    CpuOption,
+    DraftOption,
+    GpuLayersOption,
+    KvType,
+    KvTypeOption,
+    LoraOption,
+    ModelArgument,
+    ThreadsOption,
+    loading_of,
+)
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
@@ -50,65 +60,10 @@ def _versions() -> str:
 app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
 
 
-class KvType(str, Enum):
-    """Types of the key-value cache; those below q8_0 cost quality."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q5_1 = "q5_1"
-    Q5_0 = "q5_0"
-    IQ4_NL = "iq4_nl"
-    Q4_1 = "q4_1"
-    Q4_0 = "q4_0"
-
-
-def _gpu_layers(wanted: str) -> str:
-    if not (wanted in ("auto", "all") or wanted.isdecimal()):
-        raise typer.BadParameter(f"{wanted} is neither a number nor 'auto' nor 'all'")
-    return wanted
-
-
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model file.", show_default=False)]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="physical cores"),
-]
-CpuOption = Annotated[
-    str | None,
-    typer.Option("--cpu", metavar="VARIANT", help="CPU code to use, such as haswell.", show_default="the best"),
-]
-
-ContextOption = Annotated[
-    int | None,
-    typer.Option(min=0, max=2**24, metavar="N", help="Context in tokens; 0: the model's.", show_default="up to 4096"),
-]
-GpuLayersOption = Annotated[
-    str,
-    typer.Option(
-        metavar="N", help="Layers to keep on a GPU: a number, all, or auto for what fits.", callback=_gpu_layers
-    ),
-]
-CheckOption = Annotated[
-    bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
-]
-KvTypeOption = Annotated[KvType, typer.Option("--kv-type", help="Type of the key-value cache.")]
-LoraOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter in GGUF. May be repeated.", show_default=False
-    ),
-]
-DraftOption = Annotated[
-    Path | None,
-    typer.Option(metavar="MODEL.gguf", help="A smaller model of the same family, which guesses tokens."),
-]
-
-
 @app.command(
     epilog=examples(
         "tritrun chat model-TRIT3.gguf",
+        "tritrun chat org/name:TRIT3",
         "tritrun chat model-TRIT3.gguf --system 'Answer in French.' --temp 0",
         "tritrun chat model-TRIT3.gguf --prompt 'What is the capital of France?'",
         "git diff | tritrun chat model-TRIT3.gguf --system 'Explain.' --prompt -",
@@ -171,9 +126,9 @@ def chat(
         raise UsageError("--grammar and --json-schema both say what an answer looks like: leave one of them out")
     if "" in (stop or ()):
         raise UsageError("--stop '' would end every answer: leave it out")
-    file = read_text_model(model)
+    file = read_text_model(find_model(model))
     threads = threads or physical_cores()
-    loading = _loading(file, ctx, threads, gpu_layers, check, kv_type, lora, draft)
+    loading = loading_of(file, ctx, threads, gpu_layers, check, kv_type, lora, draft)
     rules = read_grammar(grammar) if grammar else grammar_of_schema(json_schema) if json_schema else None
     sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, grammar=rules)
     question = sys.stdin.read() if prompt == "-" else prompt
@@ -234,43 +189,10 @@ def serve(
     others = others or []
     if others and not others[0].startswith("-"):
         raise UsageError(f"{others[0]} is one too many: options of llama-server come after --")
-    file = read_text_model(model)
-    loading = _loading(file, ctx, threads or physical_cores(), gpu_layers, check, kv_type, lora, draft)
+    file = read_text_model(find_model(model))
+    loading = loading_of(file, ctx, threads or physical_cores(), gpu_layers, check, kv_type, lora, draft)
     projector = read_projector(mmproj) if mmproj else None
     run_server(file, ServeOptions(loading, host, port, parallel, api_key, projector, verbose, others))
-
-
-def _loading(
-    model: ModelFile,
-    n_ctx: int | None,
-    threads: int,
-    gpu_layers: str,
-    check: bool,
-    kv_type: KvType,
-    adapters: list[str] | None,
-    draft: Path | None,
-) -> Loading:
-    """How to load `model`, with its adapters and the model that guesses looked at."""
-    return Loading(
-        n_ctx,
-        threads,
-        gpu_layers,
-        check,
-        GGMLQuantizationType[kv_type.name],
-        tuple(_adapter(text, model) for text in adapters or ()),
-        read_text_model(draft) if draft else None,
-    )
-
-
-def _adapter(text: str, model: ModelFile) -> Adapter:
-    name, _, number = text.rpartition("=")
-    try:
-        scale = float(number)
-    except ValueError:
-        name, scale = text, 1.0
-    if not name or not math.isfinite(scale):
-        raise UsageError(f"--lora {text}: not of the form FILE or FILE=SCALE")
-    return Adapter(read_adapter(Path(name), model), scale)
 
 
 @app.command(
@@ -283,7 +205,7 @@ def _adapter(text: str, model: ModelFile) -> Adapter:
 def perplexity(
     model: ModelArgument,
     file: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="Text to predict.", show_default=False)],
-    base: Annotated[Path | None, typer.Option(metavar="F16.gguf", help="Model to give the KL divergence from.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to give the KL divergence from.")] = None,
     chunks: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Chunks of text to use.", show_default="all")
     ] = None,
@@ -302,7 +224,8 @@ def perplexity(
     if json and json != "-":
         check_writable(Path(json))
     run = Run(file, ctx, chunks, threads or physical_cores())
-    result = run.measure(read_text_model(model), read_text_model(base) if base else None, logits)
+    read = read_text_model(find_model(model))
+    result = run.measure(read, read_text_model(find_model(base)) if base else None, logits)
     if json == "-":
         typer.echo(result.as_json(), nl=False)
         return
@@ -313,7 +236,7 @@ def perplexity(
 
 @app.command(epilog=examples("tritrun bench model-TRIT2.gguf model-TRIT3.gguf model-Q4_K_M.gguf"))
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="Model files.", show_default=False)],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP, show_default=False)],
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", min=1, metavar="N", help="Length of the prompt.")
     ] = 512,
@@ -326,7 +249,7 @@ def bench(
 ) -> None:
     """Measure the speed of models, with llama.cpp's own llama-bench."""
     variants.force(cpu)
-    files = [read_text_model(model) for model in models]
+    files = [read_text_model(find_model(model)) for model in models]
     for file in files:
         check_memory(file, prompt_tokens, available_memory())
     run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores())
@@ -341,11 +264,11 @@ def bench(
     )
 )
 def compare(
-    base: Annotated[Path, typer.Option(metavar="F16.gguf", help="Model to compare with.", show_default=False)],
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Model to compare with.", show_default=False)],
     text: Annotated[Path, typer.Option(metavar="TEXT", help="Text to predict.", show_default=False)],
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL.gguf|LABEL=MODEL.gguf...", help="Model files.", show_default=False),
+        typer.Argument(metavar="MODEL|LABEL=MODEL...", help=MODEL_HELP, show_default=False),
     ] = None,
     recipe: Annotated[
         list[str] | None,
@@ -405,9 +328,9 @@ def compare(
     for path in outputs:
         check_writable(path)
     plan = Plan(
-        base=base,
+        base=find_model(base),
         text=text,
-        models=models or [],
+        models=[find_labelled(model) for model in models or ()],
         recipes=list(dict.fromkeys(recipes)),
         chunks=chunks,
         ctx=ctx,
@@ -430,6 +353,26 @@ def compare(
         write_text_atomically(html, as_page(comparison))
     if svg:
         write_text_atomically(svg, as_svg(comparison))
+
+
+@app.command("list", epilog=examples("tritrun list", "tritrun list ~/models --json -"))
+def list_models(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER...", help="Folders to look in.", show_default="the current one, and models"),
+    ] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the list as JSON; - is stdout.")] = None,
+) -> None:
+    """List the GGUF models in folders and in the cache of the hub: how to call them, type, size, bits per weight."""
+    if json and json != "-":
+        check_writable(Path(json))
+    found = listing.local_models(folders or [folder for folder in (Path(), Path("models")) if folder.is_dir()])
+    if json == "-":
+        typer.echo(listing.as_json(found), nl=False)
+        return
+    _print_whole(listing.as_table(found))
+    if json:
+        write_text_atomically(Path(json), listing.as_json(found))
 
 
 def _print_whole(table: Table) -> None:

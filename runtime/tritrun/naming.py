@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tritcore.console import one_line
+from tritcore.reference import find_model
 
 _LONGEST_NAME = 80  # letters
 
@@ -26,6 +27,13 @@ def split_label(model: str) -> tuple[str | None, Path]:
     if separator and label and file and not Path(model).exists():
         return label, Path(file)
     return None, Path(model)
+
+
+def find_labelled(model: str) -> str:
+    """The same "FILE" or "LABEL=FILE" with the path of the model, where it names one of the hub. Raises TritError."""
+    label, file = split_label(model)
+    path = find_model(str(file))
+    return f"{label}={path}" if label is not None else str(path)
 
 
 def labels_of(base: str, names: Sequence[str]) -> list[str]:

@@ -2,29 +2,16 @@
 
 import glob
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import disable_progress_bars, logging
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils import disable_progress_bars
 
 from tritconv.sources.foreign_code import is_trusted
 from tritconv.sources.weight_files import INDEXES, indexed, no_weights
 from tritconv.sources.weights import refuse_adapter
-from tritcore.errors import TritError, first_line
-
-logging.set_verbosity_error()  # what matters comes back as an exception
+from tritcore.errors import TritError
+from tritcore.hub import one_line_errors
 
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
 
@@ -45,7 +32,7 @@ def download(hub_id: str, revision: str | None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     files = [*_TEXT_FILES, "*.py"] if is_trusted() else _TEXT_FILES
-    with _one_line_errors(hub_id, revision):
+    with one_line_errors(hub_id, revision):
         folder = _snapshot(hub_id, revision, files)
         commit = folder.name  # what comes from here on is of this commit, whatever is pushed meanwhile
         for index in INDEXES:
@@ -61,30 +48,3 @@ def download(hub_id: str, revision: str | None) -> Path:
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-
-
-@contextmanager
-def _one_line_errors(hub_id: str, revision: str | None) -> Iterator[None]:
-    try:
-        yield
-    except GatedRepoError as error:
-        raise TritError(
-            f"{hub_id} is gated: accept its terms on the hub, then set HF_TOKEN to a token of yours"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise TritError(f"{hub_id} has no revision {revision!r} on {constants.ENDPOINT}") from error
-    except RepositoryNotFoundError as error:
-        raise TritError(
-            f"{hub_id} is not on {constants.ENDPOINT}: check the id (a private model needs HF_TOKEN)"
-        ) from error
-    except HFValidationError as error:
-        raise TritError(f"{hub_id} is no hub id: {error}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise TritError(
-            f"{hub_id} is not in the cache and {constants.ENDPOINT} was not asked or does not answer: "
-            "check the network and HF_HUB_OFFLINE, or give a local folder"
-        ) from error
-    except (HfHubHTTPError, EntryNotFoundError) as error:
-        raise TritError(f"{constants.ENDPOINT} refused {hub_id}: {first_line(error)}") from error
-    except OSError as error:
-        raise TritError(f"cannot download {hub_id} from {constants.ENDPOINT}: {error}") from error

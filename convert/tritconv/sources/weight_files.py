@@ -51,7 +51,7 @@ def no_weights(where: str, names: Iterable[str]) -> str:
             "convert a copy in the transformers layout, with model*.safetensors"
         )
     if any(name.lower().endswith(".gguf") for name in names):
-        return f"{where} holds GGUF files: download one and convert it with `tritconv gguf-to-gguf`"
+        return f"{where} holds GGUF files: convert one with `tritconv gguf-to-gguf`"
     if other := [name for name in names if name.endswith(".safetensors")]:
         return f"{where}: no index lists {other[0]}; if it holds the whole model, call it model.safetensors"
     return f"{where}: no weights (model*.safetensors or pytorch_model*.bin)"

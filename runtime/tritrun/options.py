@@ -1,0 +1,111 @@
+"""Options that several commands of tritrun have."""
+
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from gguf import GGMLQuantizationType
+
+from tritcore.errors import UsageError
+from tritcore.gguf_header import ModelFile
+from tritcore.reference import find_model
+from tritrun.llama import Adapter
+from tritrun.loading import Loading
+from tritrun.models import read_adapter, read_text_model
+
+
+class KvType(str, Enum):
+    """Types of the key-value cache; those below q8_0 cost quality."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q5_1 = "q5_1"
+    Q5_0 = "q5_0"
+    IQ4_NL = "iq4_nl"
+    Q4_1 = "q4_1"
+    Q4_0 = "q4_0"
+
+
+def _gpu_layers(wanted: str) -> str:
+    if not (wanted in ("auto", "all") or wanted.isdecimal()):
+        raise typer.BadParameter(f"{wanted} is neither a number nor 'auto' nor 'all'")
+    return wanted
+
+
+MODEL_HELP = "A file, or org/name:TYPE of the hub."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.", show_default="physical cores"),
+]
+CpuOption = Annotated[
+    str | None,
+    typer.Option("--cpu", metavar="VARIANT", help="CPU code to use, such as haswell.", show_default="the best"),
+]
+
+ContextOption = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**24, metavar="N", help="Context in tokens; 0: the model's.", show_default="up to 4096"),
+]
+GpuLayersOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N", help="Layers to keep on a GPU: a number, all, or auto for what fits.", callback=_gpu_layers
+    ),
+]
+CheckOption = Annotated[
+    bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
+]
+KvTypeOption = Annotated[KvType, typer.Option("--kv-type", help="Type of the key-value cache.")]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter in GGUF. May be repeated.", show_default=False
+    ),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="A smaller model of the same family, which guesses tokens."),
+]
+
+
+def loading_of(
+    model: ModelFile,
+    n_ctx: int | None,
+    threads: int,
+    gpu_layers: str,
+    check: bool,
+    kv_type: KvType,
+    adapters: list[str] | None,
+    draft: str | None,
+) -> Loading:
+    """How to load `model`, by the options of a command.
+
+    Raises:
+        TritError: an adapter or the model that guesses is not there, or is something else.
+        UsageError: an adapter is not of the form FILE or FILE=SCALE.
+    """
+    return Loading(
+        n_ctx,
+        threads,
+        gpu_layers,
+        check,
+        GGMLQuantizationType[kv_type.name],
+        tuple(_adapter(text, model) for text in adapters or ()),
+        read_text_model(find_model(draft)) if draft else None,
+    )
+
+
+def _adapter(text: str, model: ModelFile) -> Adapter:
+    name, _, number = text.rpartition("=")
+    try:
+        scale = float(number)
+    except ValueError:
+        name, scale = text, 1.0
+    if not name or not math.isfinite(scale):
+        raise UsageError(f"--lora {text}: not of the form FILE or FILE=SCALE")
+    return Adapter(read_adapter(Path(name), model), scale)
