@@ -190,6 +190,15 @@ class ConversionOptions:
     fallback_type: Annotated[
         StorageType, typer.Option("--fallback-type", help="Type of matrices that a TRIT type cannot hold.")
     ] = StorageType.Q8_0
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--split-max-size",
+            metavar="SIZE",
+            help="Split what is larger into parts of at most this size, such as 4GB: <model>-00001-of-00003.gguf.",
+            show_default=False,
+        ),
+    ] = None
     threads: Threads = None
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")] = False
 
@@ -344,6 +353,7 @@ def _job(options: ConversionOptions) -> "Job":
         calibration,
         _training(options, method),
         budget,
+        None if options.split_max_size is None else _parsed("--split-max-size", options.split_max_size),
     )
 
 
