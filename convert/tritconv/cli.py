@@ -1,6 +1,7 @@
 """The `tritconv` command line."""
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -19,7 +20,7 @@ from tritconv.sources.source import Kind
 from tritconv.workers import all_cores, is_first_process
 from tritcore import cache, sizes
 from tritcore.commands import examples, new_app
-from tritcore.console import out, warning
+from tritcore.console import note, out, warning
 from tritcore.errors import UsageError
 from tritcore.format import DEPTHS
 from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
@@ -330,6 +331,53 @@ def verify(
 
     if not verification.verify(paths, threads or all_cores()):
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "tritconv publish ./folder org/name --dry-run",
+        "tritconv publish ./folder org/name --private --yes",
+    )
+)
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="GGUF files, README.md and what it shows.", show_default=False)
+    ],
+    repository: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub; it is made.", show_default=False)
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    branch: Annotated[
+        str | None, typer.Option("--branch", "--revision", metavar="NAME", help="Branch; made if it is not there.")
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show what would be uploaded, no more.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Upload a folder with GGUF files and their card to the Hugging Face hub, in one commit.
+
+    All files are checked first, as verify does it. README.md must name license and base_model.
+    """
+    from tritconv import publish as publishing
+
+    target = publishing.Repository(repository, branch, private)
+    if not dry_run:
+        if not yes and not sys.stdin.isatty():
+            raise UsageError("there is no terminal to ask on: give --yes, or look first with --dry-run")
+        publishing.check_token()
+    uploads = publishing.prepare(folder, threads or all_cores())
+    for upload in uploads:
+        out.print(str(upload), markup=False, soft_wrap=True)
+    if dry_run:
+        note(f"nothing is uploaded to {target.url}: --dry-run")
+        return
+    if not yes:
+        typer.confirm(f"Upload these {len(uploads)} files to {target.url}?", abort=True, err=True)
+    publishing.upload(uploads, target, message)
+    out.print(target.url, markup=False, soft_wrap=True)
 
 
 def _job(options: ConversionOptions) -> "Job":
