@@ -21,10 +21,11 @@ from markdown_it import MarkdownIt
 from tiny_gguf import write_tiny_model
 from typer.testing import CliRunner, Result
 
+from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
-from tritrun.card import CardOptions, _code, _plain, as_card, write_card
+from tritrun.card import CardOptions, _code, _plain, as_card, check_card, write_card
 from tritrun.cli import app
-from tritrun.comparison import Comparison, Conditions, Contents, File, Row
+from tritrun.comparison import STAND_IN_BITS, STAND_IN_TYPE, Comparison, Conditions, Contents, File, Row
 from tritrun.perplexity import Divergence
 from tritrun.perplexity_log import Estimate
 from tritrun.provenance import Provenance, provenance
@@ -265,13 +266,14 @@ def test_files_made_to_compare_with_are_no_files_of_the_repository() -> None:
     assert "| **ours** |" in card
 
 
-def test_a_card_without_a_chart(tmp_path: Path) -> None:
+def test_a_card_without_a_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = row("TRIT2")
     assert broken.divergence is not None
     broken = replace(broken, divergence=replace(broken.divergence, mean=Estimate(float("nan"), None)))
     write_card(comparison(broken), tmp_path / "README.md", CardOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert "![" not in (tmp_path / "README.md").read_text()
+    assert "the files name no license and no base_model" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -292,3 +294,13 @@ def test_cards_that_cannot_be(
     result = run("--base", model, "--text", "text.txt", *arguments, model, exit_code=exit_code)
     assert words in " ".join(result.stderr.split())
     assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_stand_in_is_no_file_to_publish(tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_string(STAND_IN_TYPE, "TRIT2")
+        writer.add_float32(STAND_IN_BITS, 3.5)
+
+    model = write_named_model(tmp_path / "stand-in.gguf", add)
+    with pytest.raises(TritError, match="none of the models has TRIT types"):
+        check_card(tmp_path / "README.md", [str(model)])

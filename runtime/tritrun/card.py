@@ -14,6 +14,7 @@ from urllib.parse import quote
 import yaml
 from rich.filesize import decimal as human_size
 
+from tritcore.console import note
 from tritcore.errors import TritError
 from tritcore.files import write_text_atomically
 from tritrun.charts import as_svg, charts_of
@@ -27,6 +28,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
 _TAG = re.compile(r"[\w.+-]{1,50}", re.ASCII)
 _OWN_TAGS = ("gguf", "trit", "ternary")
 _FOREIGN_TAGS = ("safetensors", "pytorch", "transformers", "text-generation")  # not so here, or said elsewhere
+_NEEDED = ("license", "base_model")  # to publish a card
 _NO_QUALITY = ("speed", "machine", "threads")  # facts on a measurement that no figure of a card depends on
 
 # Whatever Markdown, HTML or a table could take for markup. An underscore in a word is none; the last two make links.
@@ -62,7 +64,8 @@ def check_card(path: Path, models: Sequence[str]) -> list[Path]:
     """
     if path.suffix != ".md":
         raise TritError(f"--card {path}: a card is Markdown: call it README.md")
-    if not any(contents(read_text_model(split_label(model)[1])).family == "TRIT" for model in models):
+    found = (contents(read_text_model(split_label(model)[1])) for model in models)
+    if not any(one.family == "TRIT" and not one.stand_in for one in found):
         raise TritError("--card: none of the models has TRIT types in its layers: name one that is to be published")
     return [path, _chart_of(path)]
 
@@ -74,16 +77,24 @@ def write_card(comparison: Comparison, path: Path, options: CardOptions) -> None
         chart = _chart_of(path)
         write_text_atomically(chart, as_svg(comparison))
     write_text_atomically(path, as_card(comparison, options, chart.name if chart else None))
+    header = dict(_header(_published(comparison), options))
+    if missing := [key for key in _NEEDED if key not in header]:
+        note(f"{path}: the files name no {' and no '.join(missing)}: add it to the header of the card")
 
 
 def _chart_of(card: Path) -> Path:
     return card.with_suffix(".svg")
 
 
+def _published(comparison: Comparison) -> list[Row]:
+    """The rows of the files that the card is for."""
+    recipes = comparison.conditions.recipes
+    return [row for row in comparison.rows if row.is_ours and not row.contents.stand_in and row.label not in recipes]
+
+
 def as_card(comparison: Comparison, options: CardOptions, chart: str | None) -> str:
     """The text of the card. `chart` is the path of the chart relative to it; None for none."""
-    rows = [row for row in comparison.rows if row.is_ours and not row.contents.stand_in]
-    rows = [row for row in rows if row.label not in comparison.conditions.recipes]
+    rows = _published(comparison)
     name = _plain(options.title or rows[0].provenance.name)
     types = ", ".join(dict.fromkeys(row.contents.file_type for row in rows))
     header = yaml.safe_dump(dict(_header(rows, options)), sort_keys=False, allow_unicode=True)
