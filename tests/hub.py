@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +24,7 @@ class _Handler(BaseHTTPRequestHandler):
     commits: dict[str, dict[str, Path]]
     gated: set[str]
     token: str | None
+    private: Set[str] = frozenset()
     hub: "Hub"
 
     def do_HEAD(self) -> None:
@@ -86,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "id": model,
                 "modelId": model,
                 "sha": commit,
-                "private": False,
+                "private": model in self.private,
                 "gated": "auto" if model in gated else False,
                 "tags": [],
                 "siblings": [self._sibling(file, folder) for file in files],
@@ -187,11 +188,16 @@ class Hub:
 
 
 @contextmanager
-def serve(models: dict[str, Path], gated: set[str] = frozenset(), token: str | None = None) -> Iterator[Hub]:  # type: ignore[assignment]
-    """Serve folders as models, each as COMMIT. Those in `gated` need the token."""
+def serve(
+    models: dict[str, Path],
+    gated: set[str] = frozenset(),  # type: ignore[assignment]
+    token: str | None = None,
+    handler: type[_Handler] = _Handler,
+) -> Iterator[Hub]:
+    """Serve folders as models, each as COMMIT. Those in `gated` need the token. `handler` may answer more requests."""
     commits = {model: {COMMIT: folder} for model, folder in models.items()}
     hub = Hub(commits)
-    handler = type("Handler", (_Handler,), {"commits": commits, "gated": set(gated), "token": token, "hub": hub})
+    handler = type("Handler", (handler,), {"commits": commits, "gated": set(gated), "token": token, "hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

@@ -1,6 +1,7 @@
 """The `tritconv` command line."""
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -19,7 +20,7 @@ from tritconv.sources.source import Kind
 from tritconv.workers import all_cores, is_first_process
 from tritcore import cache, sizes
 from tritcore.commands import examples, new_app
-from tritcore.console import out, warning
+from tritcore.console import note, out, warning
 from tritcore.errors import UsageError
 from tritcore.format import DEPTHS
 from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
@@ -192,6 +193,15 @@ class ConversionOptions:
     fallback_type: Annotated[
         StorageType, typer.Option("--fallback-type", help="Type of matrices that a TRIT type cannot hold.")
     ] = StorageType.Q8_0
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--split-max-size",
+            metavar="SIZE",
+            help="Split what is larger into parts of at most this size, such as 4GB: <model>-00001-of-00003.gguf.",
+            show_default=False,
+        ),
+    ] = None
     threads: Threads = None
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")] = False
 
@@ -326,6 +336,53 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog=examples(
+        "tritconv publish ./folder org/name --dry-run",
+        "tritconv publish ./folder org/name --private --yes",
+    )
+)
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="GGUF files, README.md and what it shows.", show_default=False)
+    ],
+    repository: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub; it is made.", show_default=False)
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    branch: Annotated[
+        str | None, typer.Option("--branch", "--revision", metavar="NAME", help="Branch; made if it is not there.")
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show what would be uploaded, no more.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Upload a folder with GGUF files and their card to the Hugging Face hub, in one commit.
+
+    All files are checked first, as verify does it. README.md must name license and base_model.
+    """
+    from tritconv import publish as publishing
+
+    target = publishing.Repository(repository, branch, private)
+    if not dry_run:
+        if not yes and not sys.stdin.isatty():
+            raise UsageError("there is no terminal to ask on: give --yes, or look first with --dry-run")
+        publishing.check_token()
+    uploads = publishing.prepare(folder, threads or all_cores())
+    for upload in uploads:
+        out.print(str(upload), markup=False, soft_wrap=True)
+    if dry_run:
+        note(f"nothing is uploaded to {target.url}: --dry-run")
+        return
+    if not yes:
+        typer.confirm(f"Upload these {len(uploads)} files to {target.url}?", abort=True, err=True)
+    publishing.upload(uploads, target, message)
+    out.print(target.url, markup=False, soft_wrap=True)
+
+
 def _job(options: ConversionOptions) -> "Job":
     """What the options ask for. Raises UsageError where they make no sense, whatever the model."""
     from tritconv.convert import Job
@@ -347,6 +404,7 @@ def _job(options: ConversionOptions) -> "Job":
         calibration,
         _training(options, method),
         budget,
+        None if options.split_max_size is None else _parsed("--split-max-size", options.split_max_size),
     )
 
 

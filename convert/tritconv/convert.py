@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +24,12 @@ from tritconv.sources.checkpoint import find_checkpoint
 from tritconv.sources.gguf import open_gguf
 from tritconv.sources.source import Source, Value
 from tritconv.workers import Workers, all_cores
-from tritconv.writer import Header, Written, file_bytes, write, write_outline
+from tritconv.writer import Header, Written, file_bytes, file_sizes, write, write_outline
 from tritcore import loads, sizes
 from tritcore.console import byte_bar, err, note, one_line, status
 from tritcore.errors import TritError, UsageError
 from tritcore.format import FORMAT_VERSION
-from tritcore.gguf_header import name_of_model, read_model_file
+from tritcore.gguf_header import name_of_model, parts_of, read_model_file
 from tritcore.gguf_types import TRIT_TYPE
 from tritcore.output import Output, reserve
 
@@ -60,6 +60,7 @@ class Job:
         calibration: the text and how to use it, for methods that need one.
         training: of the layers, for `MethodName.TUNE`.
         budget: a size to reach by mixed depth; None leaves the types as planned.
+        split_size: most bytes of a file: a larger model is split into parts; None for one file.
     """
 
     plan: Plan
@@ -73,6 +74,7 @@ class Job:
     calibration: "CalibrationOptions | None" = None
     training: "TuneOptions | None" = None
     budget: Budget | None = None
+    split_size: int | None = None
 
     @property
     def needs_text(self) -> bool:
@@ -88,7 +90,7 @@ class Job:
         if ranks is not None and not ranks.is_first:
             return nullcontext()
         label = self.budget.label if self.budget is not None else f"TRIT{self.plan.depth}"
-        return reserve(self.output_path or Path(f"{model}-{label}.gguf"), self.force)
+        return reserve(self.output_path or Path(f"{model}-{label}.gguf"), self.force, self.split_size is not None)
 
 
 def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = None) -> Written | None:
@@ -117,9 +119,9 @@ def hf_to_gguf(source: str, revision: str | None, job: Job, pre: str | None = No
 
 def gguf_to_gguf(source: Path, job: Job) -> Written | None:
     """Convert a GGUF file. Returns and raises as `hf_to_gguf`."""
-    read_model_file(source)  # checks the header before anything trusts it
+    parts = parts_of(read_model_file(source))  # checks the headers before anything trusts them
     with _joined(job) as ranks, job.output(_TYPE_SUFFIX.sub("", name_of_model(source)), ranks) as output:
-        if output is not None and output.target.exists() and output.target.samefile(source):
+        if output is not None and any(output.may_replace(part.path) for part in parts):
             raise TritError(f"{output.target} is the source itself: name another file with -o")
         return _convert(open_gguf(source), output, job, ranks)
 
@@ -142,15 +144,23 @@ def _convert(source: Source, output: Output | None, job: Job, ranks: "Ranks | No
     if output is None:
         _assist(source, plan, budget, job, ranks)
         return None
-    _check_outline(source, plan, output)
+    _check_outline(source, plan, output, job.split_size)
     with Workers(job.threads or all_cores()) as workers, _Bar() as bar:
         plan, method, description = _started(source, plan, budget, job, ranks, bar)
         metadata = {**source.metadata, **_own_metadata(source, plan, method, description)}
         header = Header(source.architecture, metadata, source.tensors, method.methods)
         bar.start(source, plan)
-        stored = write(header, plan, method.run(source, plan, workers), output, workers, bar.advance)
-    size = output.target.stat().st_size
-    return Written(output.target, size, time.monotonic() - start, stored, method.remarks())
+        stored = write(header, plan, method.run(source, plan, workers), output, workers, bar.advance, job.split_size)
+    found = {path: path.stat().st_size for path in output.published}
+    remarks = [*method.remarks(), *_too_large(found, job.split_size)]
+    return Written(output.published, sum(found.values()), time.monotonic() - start, stored, remarks)
+
+
+def _too_large(found: Mapping[Path, int], most: int | None) -> Iterable[str]:
+    """Remarks on files that became larger than planned."""
+    for path, size in found.items():
+        if most is not None and size > most:
+            yield f"{path.name} has {sizes.show(size)}, more than --split-max-size: a type in it is not the planned one"
 
 
 def _started(
@@ -296,17 +306,33 @@ def _checked(budget: Budget, source: Source, plan: Plan) -> Budget:
     return budget
 
 
-def _check_outline(source: Source, plan: Plan, output: Output) -> None:
+def _check_outline(source: Source, plan: Plan, output: Output, split_size: int | None) -> None:
     """See, before the work, that the disk holds the file to come and llama.cpp would load it. Raises TritError."""
     with status("asking llama.cpp"):
         metadata = {**source.metadata, **_own_metadata(source, plan, None, ())}
-        size = write_outline(Header(source.architecture, metadata, source.tensors, ()), plan, output.partial)
+        header = Header(source.architecture, metadata, source.tensors, ())
+        size = write_outline(header, plan, output.partial)
+        if split_size is not None:
+            size = _checked_parts(header, plan, split_size)
         if size >= _LARGE:
             note(f"needs {sizes.show(size)} on disk for {output.target}")
         output.check_space(size)
         why = loads.refusal(output.partial)
     if why is not None:
         raise TritError(f"{source.name}: llama.cpp would not load what comes of it: {why}")
+
+
+def _checked_parts(header: Header, plan: Plan, most: int) -> int:
+    """The bytes of all parts together. Raises UsageError where a part would be too large."""
+    files = header.files(plan, most)
+    part_sizes = file_sizes(header, plan, files)
+    for file, size in zip(files, part_sizes, strict=True):
+        if size > most:
+            what = f"tensor '{header.tensors[file[0]].name}' takes" if file else "the metadata take"
+            raise UsageError(
+                f"--split-max-size {sizes.show(most)} is too small: {what} {sizes.show(size)}, which one file must hold"
+            )
+    return sum(part_sizes)
 
 
 def _own_metadata(source: Source, plan: Plan, method: Method | None, description: Sequence[str]) -> dict[str, Value]:

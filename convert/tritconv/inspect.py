@@ -14,7 +14,7 @@ from tritcore.codec import Blocks, unpack, validate
 from tritcore.console import without_controls
 from tritcore.errors import TritError
 from tritcore.format import BYTES_PER_BLOCK, CODE_MAX, N_SCALES
-from tritcore.gguf_header import ModelFile, Skipped, Tensor, raw_values, read_model_file
+from tritcore.gguf_header import ModelFile, Skipped, Tensor, joined, parts_of, raw_values, read_model_file
 from tritcore.gguf_types import DEPTH_OF_TYPE
 
 _BAR_WIDTH = 40
@@ -22,8 +22,8 @@ _VALUE_WIDTH = 72
 
 
 def file_tables(path: Path) -> Iterator[RenderableType]:
-    """Metadata and tensors of a file. Raises TritError."""
-    model = read_model_file(path)
+    """Metadata and tensors of a file, or of all parts of a split model. Raises TritError."""
+    model = joined(parts_of(read_model_file(path)))
     yield _metadata_table(model)
     yield _tensor_table(model)
 
@@ -34,8 +34,9 @@ def tensor_tables(path: Path, name: str) -> Iterator[RenderableType]:
     Raises:
         TritError: there is no such tensor, it is not of a TRIT type, or its data are damaged.
     """
-    model = read_model_file(path)
-    tensor = next((tensor for tensor in model.tensors if tensor.name == name), None)
+    parts = parts_of(read_model_file(path))
+    found = ((part, tensor) for part in parts for tensor in part.tensors if tensor.name == name)
+    model, tensor = next(found, (parts[0], None))
     if tensor is None:
         raise TritError(f"{path} has no tensor {name}: `tritconv inspect {path}` lists them")
     depth = DEPTH_OF_TYPE.get(tensor.type)

@@ -20,7 +20,8 @@ def conversion_report(written: Written) -> RenderableType:
     parts: list[RenderableType] = [_sizes(written), _worst(written.tensors)]
     parts.extend(_fallbacks(written.tensors))
     parts.extend(Text(remark, style="yellow") for remark in written.remarks)
-    parts.append(Text(f"{written.path}  {human_size(written.n_bytes)}  {written.seconds:.1f} s", style="bold"))
+    last = f" to {written.paths[-1].name}" if len(written.paths) > 1 else ""
+    parts.append(Text(f"{written.path}{last}  {human_size(written.n_bytes)}  {written.seconds:.1f} s", style="bold"))
     return Group(*parts)
 
 

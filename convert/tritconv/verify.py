@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from rich.progress import TaskID
 
 from tritconv.sources.gguf import not_a_model
 from tritcore import loads
@@ -83,17 +82,19 @@ def verify(paths: list[Path], threads: int) -> bool:
     """
     sound = True
     for path in paths:
-        with byte_bar() as progress:
-            task = progress.add_task(one_line(path.name), total=None)
-
-            def advance(n_bytes: int, total: int, task: TaskID = task) -> None:
-                progress.update(task, advance=n_bytes, total=total)
-
-            found = findings(path, threads, advance) or _refusals(path)
+        found = faults(path, threads)
         for line in found or [f"{path}: ok"]:
             out.print(one_line(line), markup=False, soft_wrap=True)
         sound = sound and not found
     return sound
+
+
+def faults(path: Path, threads: int) -> list[str]:
+    """The `findings` of a GGUF file; if there are none, why llama.cpp would not load it. Shows progress."""
+    with byte_bar() as progress:
+        task = progress.add_task(one_line(path.name), total=None)
+        found = findings(path, threads, lambda n_bytes, total: progress.update(task, advance=n_bytes, total=total))
+        return found or _refusals(path)
 
 
 def findings(path: Path, threads: int, advance: Callable[[int, int], None] = lambda n_bytes, total: None) -> list[str]:

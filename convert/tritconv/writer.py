@@ -1,7 +1,7 @@
-"""Writes a GGUF file in one pass: each tensor is written as it comes, and forgotten.
+"""Writes a GGUF file, or the parts of a split one, in one pass: each tensor is written as it comes, and forgotten.
 
-Room for the header is reserved at the start. All metadata have a length that is known before, so the header is written
-once, at the end, with the types that the tensors really have.
+Room for the headers is reserved at the start. All metadata have a length that is known before, so each header is
+written once, at the end, with the types that the tensors really have.
 """
 
 import io
@@ -16,6 +16,7 @@ from gguf.gguf_writer import WriterState
 
 from tritconv.encode import Encoded, check_finite, encode, measured, n_bytes
 from tritconv.methods import Finished
+from tritconv.parts import in_one_file, layout
 from tritconv.plan import Plan, Why
 from tritconv.sources.source import Kind, SourceTensor, Value
 from tritconv.verify import findings
@@ -49,13 +50,18 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished file. `remarks` are the method's."""
+    """A finished model: one file, or its parts in order."""
 
-    path: Path
+    paths: Sequence[Path]
     n_bytes: int
     seconds: float
     tensors: Sequence[StoredTensor]
     remarks: Sequence[str]
+
+    @property
+    def path(self) -> Path:
+        """The file that stands for the model: the only one, or the first part."""
+        return self.paths[0]
 
 
 Progress = Callable[[str, int], None]  # called after each tensor with its name and planned bytes
@@ -77,26 +83,46 @@ class Header:
     tensors: Sequence[SourceTensor]
     methods: Sequence[str]
 
-    def as_planned(self, plan: Plan) -> bytes:
-        """The header of a file whose tensors all have their planned types."""
-        return self._bytes([plan.type_of(tensor) for tensor in self.tensors], [""] * len(self.tensors), 0)
+    def files(self, plan: Plan, most: int | None) -> Sequence[range]:
+        """Which tensors go into which file, by number, where none may be larger than `most` bytes: see `layout`."""
+        if most is None:
+            return in_one_file(len(self.tensors))
+        sizes = [_padded(n_bytes(tensor.shape, plan.type_of(tensor))) + _entry_bytes(tensor) for tensor in self.tensors]
+        first, other = (len(head) for head in self.as_planned(plan, (range(0), range(0))))
+        padding = GGUF_DEFAULT_ALIGNMENT  # the entries of tensors may move the end of a header to the next multiple
+        return layout(sizes, first + padding, other + padding, most)
 
-    def of(self, stored: Sequence[StoredTensor]) -> bytes:
-        """The header of a file with these tensors. It is as long as any other one."""
+    def as_planned(self, plan: Plan, files: Sequence[range]) -> list[bytes]:
+        """The headers of files whose tensors all have their planned types."""
+        types = [plan.type_of(tensor) for tensor in self.tensors]
+        return [self._bytes(types, [""] * len(types), 0, files, number) for number in range(len(files))]
+
+    def of(self, stored: Sequence[StoredTensor], files: Sequence[range]) -> list[bytes]:
+        """The headers of files with these tensors. They are as long as any other ones."""
+        types, methods = [tensor.qtype for tensor in stored], [tensor.method for tensor in stored]
         n_imported = sum(tensor.imported for tensor in stored)
-        return self._bytes([tensor.qtype for tensor in stored], [tensor.method for tensor in stored], n_imported)
+        return [self._bytes(types, methods, n_imported, files, number) for number in range(len(files))]
 
-    def _bytes(self, types: Sequence[GGMLQuantizationType], methods: Sequence[str], n_imported: int) -> bytes:
-        """Up to where the tensors' data begin."""
+    def _bytes(
+        self,
+        types: Sequence[GGMLQuantizationType],
+        methods: Sequence[str],
+        n_imported: int,
+        files: Sequence[range],
+        number: int,
+    ) -> bytes:
+        """The header of one of the files, up to where the tensors' data begin. The first one has the metadata."""
         writer = GGUFWriter(None, arch=self.architecture)
-        for key, value in self.metadata.items():
-            writer.add_key_value(key, value.value, value.type, value.element_type)
-        numbers = [0 if not method else 1 + self.methods.index(method) for method in methods]
-        writer.add_key_value("trit.methods", [_NO_METHOD, *self.methods], GGUFValueType.ARRAY, GGUFValueType.STRING)
-        if numbers:
-            writer.add_key_value("trit.tensor.method", numbers, GGUFValueType.ARRAY, GGUFValueType.UINT8)
-        writer.add_uint32("trit.imported", n_imported)
-        for tensor, qtype in zip(self.tensors, types, strict=True):
+        if number:
+            writer.kv_data[0].clear()
+        else:
+            self._add_metadata(writer, methods, n_imported)
+        if len(files) > 1:
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", len(files))
+            writer.add_int32("split.tensors.count", len(self.tensors))
+        for index in files[number]:
+            tensor, qtype = self.tensors[index], types[index]
             shape, size = quant_shape_to_byte_shape(tensor.shape, qtype), n_bytes(tensor.shape, qtype)
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), size, raw_dtype=qtype)
         file = io.BytesIO()
@@ -107,19 +133,36 @@ class Header:
         writer.write_padding(file, file.tell())
         return file.getvalue()
 
+    def _add_metadata(self, writer: GGUFWriter, methods: Sequence[str], n_imported: int) -> None:
+        for key, value in self.metadata.items():
+            writer.add_key_value(key, value.value, value.type, value.element_type)
+        numbers = [0 if not method else 1 + self.methods.index(method) for method in methods]
+        writer.add_key_value("trit.methods", [_NO_METHOD, *self.methods], GGUFValueType.ARRAY, GGUFValueType.STRING)
+        if numbers:
+            writer.add_key_value("trit.tensor.method", numbers, GGUFValueType.ARRAY, GGUFValueType.UINT8)
+        writer.add_uint32("trit.imported", n_imported)
+
+
+def file_sizes(header: Header, plan: Plan, files: Sequence[range]) -> list[int]:
+    """The sizes in bytes of files whose tensors all have their planned types."""
+    sizes = [_padded(n_bytes(tensor.shape, plan.type_of(tensor))) for tensor in header.tensors]
+    headers = header.as_planned(plan, files)
+    return [len(head) + sum(sizes[index] for index in file) for head, file in zip(headers, files, strict=True)]
+
 
 def file_bytes(header: Header, plan: Plan) -> int:
-    """The size of a file whose tensors all have their planned types."""
-    return len(header.as_planned(plan)) + sum(_padded(n_bytes(t.shape, plan.type_of(t))) for t in header.tensors)
+    """The size of a single file whose tensors all have their planned types."""
+    (size,) = file_sizes(header, plan, in_one_file(len(header.tensors)))
+    return size
 
 
 def write_outline(header: Header, plan: Plan, path: Path) -> int:
-    """Write the header of a file, and data of zeros that take no room on the disk: what llama.cpp looks at first.
+    """Write the header of a single file, and data of zeros that take no room on the disk: llama.cpp looks at no more.
 
     Returns:
         The size of the file to come, in bytes.
     """
-    path.write_bytes(header.as_planned(plan))
+    path.write_bytes(*header.as_planned(plan, in_one_file(len(header.tensors))))
     size = file_bytes(header, plan)
     os.truncate(path, size)
     return size
@@ -132,35 +175,42 @@ def write(
     output: Output,
     workers: Workers,
     progress: Progress,
+    most: int | None = None,
 ) -> list[StoredTensor]:
-    """Store tensors as they come, and publish the file of them.
+    """Store tensors as they come, and publish the file of them, or the parts.
 
     Args:
         finished: the tensors of the header, in its order.
+        most: bytes of a file, by the planned types; None for a single file.
 
     Raises:
         TritError: a weight is NaN or infinite, or what has been written is not valid.
         OSError: the file cannot be written.
     """
-    reserved = len(header.as_planned(plan))
+    files = header.files(plan, most)
+    partials = output.partials(len(files))
+    reserved = [len(head) for head in header.as_planned(plan, files)]
+    for partial, room in zip(partials, reserved, strict=True):
+        partial.touch()
+        os.truncate(partial, room)
+    places = [partial for partial, file in zip(partials, files, strict=True) for _ in file]
     stored = []
-    with output.partial.open("wb") as file:
-        file.seek(reserved)
-        for tensor, one in zip(header.tensors, finished, strict=True):
-            assert one.tensor is tensor, "tensors come in the order of the file"
-            data, outcome = _store(one, plan, workers)
+    for partial, tensor, one in zip(places, header.tensors, finished, strict=True):
+        assert one.tensor is tensor, "tensors come in the order of the file"
+        data, outcome = _store(one, plan, workers)
+        with partial.open("ab") as file:
             file.write(data.data)
             file.write(bytes(_padded(outcome.n_bytes) - outcome.n_bytes))
-            stored.append(outcome)
-            progress(tensor.name, n_bytes(tensor.shape, plan.type_of(tensor)))
-        file.seek(0)
-        final = header.of(stored)
-        assert len(final) == reserved, "the header has the length that was reserved"
-        file.write(final)
-        file.flush()
-        os.fsync(file.fileno())
-    if found := findings(output.partial, workers.threads):
-        fault = found[0].removeprefix(f"{output.partial}: ")
+        stored.append(outcome)
+        progress(tensor.name, n_bytes(tensor.shape, plan.type_of(tensor)))
+    for partial, room, head in zip(partials, reserved, header.of(stored, files), strict=True):
+        assert len(head) == room, "the header has the length that was reserved"
+        with partial.open("r+b") as start:
+            start.write(head)
+            start.flush()
+            os.fsync(start.fileno())
+    if found := findings(partials[0], workers.threads):
+        fault = found[0].removeprefix(f"{output.partial}: ").removeprefix(f"{partials[0].parent}{os.sep}")
         raise TritError(f"{output.target} is not written, as the result would not be sound: {fault}")
     output.publish()
     return stored
@@ -169,6 +219,11 @@ def write(
 def _padded(size: int) -> int:
     """Bytes that a tensor takes in the file."""
     return GGUFWriter.ggml_pad(size, GGUF_DEFAULT_ALIGNMENT)
+
+
+def _entry_bytes(tensor: SourceTensor) -> int:
+    """Bytes that a tensor takes in the table of a header: its name, dimensions, type and offset."""
+    return 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
 
 
 def _store(one: Finished, plan: Plan, workers: Workers) -> tuple[np.ndarray, StoredTensor]:

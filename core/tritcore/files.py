@@ -46,7 +46,11 @@ def sha256_of_all(paths: Sequence[Path]) -> str:
     Raises:
         TritError: a file cannot be read.
     """
-    digests = [sha256(path) for path in paths]
+    return sha256_of_digests([sha256(path) for path in paths])
+
+
+def sha256_of_digests(digests: Sequence[str]) -> str:
+    """SHA-256, in hex, of what has these digests, as `sha256_of_all` has it."""
     return digests[0] if len(digests) == 1 else sha256_of_bytes("".join(digests).encode())
 
 

@@ -10,8 +10,8 @@ import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ def parts_of(model: ModelFile) -> tuple[ModelFile, ...]:
             f"{model.path} is {place} of {count}, but is not named so: the parts are found by names such as "
             f"model-00001-of-{count:05}.gguf"
         )
-    paths = [model.path.with_name(f"{name['stem']}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+    paths = [model.path.with_name(part_name(name["stem"], n, count)) for n in range(count)]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -287,6 +287,17 @@ def parts_of(model: ModelFile) -> tuple[ModelFile, ...]:
     if times > 1:
         raise TritError(f"{parts[0].path}: tensor '{twice}' is in {times} of the {count} parts: download them again")
     return parts
+
+
+def joined(parts: Sequence[ModelFile]) -> ModelFile:
+    """The header of the first part with the size and the tensors of all; `offset` of a tensor is in its own part."""
+    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    return replace(parts[0], size=sum(part.size for part in parts), tensors=tensors)
+
+
+def part_name(stem: str, number: int, count: int) -> str:
+    """llama.cpp's name of the file of part `number`, from 0, of a model that is split."""
+    return f"{stem}-{number + 1:05}-of-{count:05}.gguf"
 
 
 def name_of_model(path: Path) -> str:

@@ -18,6 +18,7 @@ from tritcore.reference import find_model
 from tritrun import listing, variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
+from tritrun.card import CardOptions, check_card, write_card
 from tritrun.charts import as_svg
 from tritrun.chat import Chat, ChatOptions
 from tritrun.compare import compare as run_comparison
@@ -46,6 +47,7 @@ from tritrun.options import (
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
+from tritrun.provenance import is_repo_id
 from tritrun.sampling import Sampling
 from tritrun.serve import API_KEY, ServeOptions
 from tritrun.serve import serve as run_server
@@ -261,6 +263,7 @@ def bench(
         "tritrun compare --base model-F16.gguf --text wiki.test.raw --chunks 24 model-TRIT2.gguf model-TRIT3.gguf",
         "tritrun compare --base model-F16.gguf --text wiki.test.raw --chunks 24 --html report.html "
         "--recipe default --calibrate wiki.train.raw calibrated=model-TRIT2.gguf",
+        "tritrun compare --base model-F16.gguf --text wiki.test.raw --card README.md --repo org/name model-TRIT2.gguf",
     )
 )
 def compare(
@@ -310,6 +313,12 @@ def compare(
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures as JSON; - is stdout.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts.")] = None,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the chart of divergence and size.")] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(metavar="README.md", help="Write a model card, and its chart beside it: docs/guide/publish.md."),
+    ] = None,
+    repo: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Repository that the card is for.")] = None,
+    quantized_by: Annotated[str | None, typer.Option(metavar="NAME", help="Who made the files, for the card.")] = None,
     title: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Title of the report.", show_default="the base's name")
     ] = None,
@@ -324,7 +333,12 @@ def compare(
         raise typer.BadParameter("--calibrate and --imatrix are for the files of --recipe, and there is none")
     if calibrate and imatrix:
         raise typer.BadParameter("--calibrate makes an importance matrix, --imatrix brings one: give only one")
+    if (repo or quantized_by) and not card:
+        raise typer.BadParameter("--repo and --quantized-by are for the card: add --card README.md")
+    if repo and not is_repo_id(repo):
+        raise typer.BadParameter(f"--repo {repo}: not of the form ORG/NAME")
     outputs = [path for path in (html, svg, Path(json) if json and json != "-" else None) if path]
+    outputs += check_card(card, models or []) if card else []
     for path in outputs:
         check_writable(path)
     plan = Plan(
@@ -353,6 +367,8 @@ def compare(
         write_text_atomically(html, as_page(comparison))
     if svg:
         write_text_atomically(svg, as_svg(comparison))
+    if card:
+        write_card(comparison, card, CardOptions(repo, quantized_by, title or ""))
 
 
 @app.command("list", epilog=examples("tritrun list", "tritrun list ~/models --json -"))

@@ -17,18 +17,19 @@ from rich.markup import escape
 
 from tritcore.console import err, note
 from tritcore.errors import TritError
-from tritcore.files import check_writable, sha256_of_all
-from tritcore.gguf_header import ModelFile
+from tritcore.files import check_writable, sha256, sha256_of_digests
+from tritcore.gguf_header import ModelFile, name_of_model
 from tritrun import machine, variants
 from tritrun.bench import BenchRun
 from tritrun.compare_plan import Plan
-from tritrun.comparison import Comparison, Conditions, Row, contents
+from tritrun.comparison import Comparison, Conditions, File, Row, contents
 from tritrun.kept import Kept, Key
 from tritrun.memory import check_memory
 from tritrun.models import paths_of, read_text_model
-from tritrun.naming import clean_name, labels_of, split_label
+from tritrun.naming import clean_name, clean_text, labels_of, split_label
 from tritrun.peers import check_recipes, make_imatrix, quantize
 from tritrun.perplexity import Measurement, Run
+from tritrun.provenance import provenance
 from tritrun.rounds import Speeds, Spread, run_round, summarize
 from tritrun.tools import find_tool, fingerprint
 from tritrun.versions import version
@@ -91,6 +92,10 @@ class _Compare:
                 perplexity=measurements[label].perplexity,
                 divergence=measurements[label].divergence,
                 speed=speeds.get(label),
+                files=tuple(
+                    File(clean_text(path.name), path.stat().st_size, self._digest(path)) for path in paths_of(file)
+                ),
+                provenance=provenance(file),
             )
             for label, file in files.items()
         }
@@ -99,7 +104,7 @@ class _Compare:
         stand_ins = sorted(
             (row for row in rows.values() if row.contents.stand_in), key=lambda row: row.contents.layer_bits
         )
-        title = clean_name(self._plan.title or self._base.path.name.removesuffix(".gguf"))
+        title = clean_name(self._plan.title or name_of_model(self._base.path))
         return Comparison(title, base, (*real, *stand_ins), self._conditions(measurements[self._base_label].chunks))
 
     def _check(self) -> None:
@@ -234,12 +239,12 @@ class _Compare:
         )
 
     def _digest_of(self, model: ModelFile) -> str:
-        return self._digest(model.path, paths_of(model))
+        return sha256_of_digests([self._digest(path) for path in paths_of(model)])
 
-    def _digest(self, path: Path, parts: Sequence[Path] = ()) -> str:
+    def _digest(self, path: Path) -> str:
         if path not in self._digests:
             with err.status(f"reading {escape(clean_name(path.name))}"):
-                self._digests[path] = sha256_of_all(parts or [path])
+                self._digests[path] = sha256(path)
         return self._digests[path]
 
 
@@ -251,8 +256,8 @@ def _named(base: ModelFile, plan: Plan) -> tuple[str, dict[str, ModelFile]]:
     """
     given = [split_label(model) for model in plan.models]
     files = [read_text_model(path) for _, path in given]
-    unnamed = [path.name for label, path in given if label is None]
-    base_label, *found = labels_of(base.path.name, unnamed)
+    unnamed = [name_of_model(path) for label, path in given if label is None]
+    base_label, *found = labels_of(name_of_model(base.path), unnamed)
     short = iter(found)
     labels = [clean_name(label if label is not None else next(short)) for label, _ in given]
     base_label = clean_name(base_label)

@@ -3,8 +3,9 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from gguf import LlamaFileType
@@ -18,6 +19,7 @@ from tritrun.base_logits import scored_tokens
 from tritrun.naming import clean_name
 from tritrun.perplexity import Divergence
 from tritrun.perplexity_log import Estimate
+from tritrun.provenance import Provenance
 from tritrun.rounds import PHASES, Spread
 
 STAND_IN_TYPE = "trit.stand_in.type"
@@ -61,15 +63,27 @@ class Contents:
 
 
 @dataclass(frozen=True)
+class File:
+    """A file of a model: the only one, or one of its parts. `name` is without a folder."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Row:
-    """One file.
+    """One model, in one file or in parts.
 
     Attributes:
         label: what it is called in the report; no other row has it.
-        file: name of the file, without its folder.
-        n_bytes: size of the file.
+        file: name of the file, or of the first part, without its folder.
+        sha256: of the file; of a model in parts, one over the digests of all.
+        n_bytes: size of the file, or of all parts.
         divergence: from the base; None for the base itself.
         speed: tokens per second for each phase; None if not measured.
+        files: the file, or all parts in order.
+        provenance: where it comes from.
     """
 
     label: str
@@ -80,6 +94,8 @@ class Row:
     perplexity: Estimate
     divergence: Divergence | None
     speed: dict[str, Spread] | None
+    files: tuple[File, ...] = ()
+    provenance: Provenance = field(default_factory=Provenance)
 
     @property
     def is_ours(self) -> bool:
@@ -120,6 +136,36 @@ class Conditions:
     def scored_tokens(self) -> int:
         """Tokens whose predictions count."""
         return self.chunks * scored_tokens(self.ctx)
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """What a report says of them: names, and texts about each."""
+        machine, versions = self.machine, self.versions
+        yield "date", datetime.fromisoformat(self.date).strftime("%Y-%m-%d %H:%M UTC")
+        yield "text", f"{self.text}, SHA-256 {self.text_sha256}"
+        yield (
+            "scored",
+            f"{self.chunks} chunks of {self.ctx} tokens, the second half of each: {self.scored_tokens:,} tokens",
+        )
+        if self.recipes:
+            matrix = (
+                f"with an importance matrix from {self.calibration}"
+                if self.calibration
+                else "without an importance matrix"
+            )
+            yield "recipes", f"{', '.join(self.recipes)}: made of the base by llama-quantize, {matrix}"
+        if speed := self.speed:
+            yield (
+                "speed",
+                f"llama-bench: decode is an answer of {speed['answer_tokens']} tokens, prompt is reading "
+                f"{speed['prompt_tokens']}; {speed['rounds']} rounds, each over all files in turn",
+            )
+        yield "machine", f"{machine['cpu']}, {machine['architecture']}, {machine['system']}"
+        yield "threads", f"{self.threads} of {machine['cores']} cores, CPU code for {self.cpu}"
+        yield (
+            "versions",
+            f"trit-gguf {versions['trit-gguf']}, llama-cpp-python {versions['llama-cpp-python']}; libraries "
+            f"{versions['libraries'][:16]}",
+        )
 
 
 @dataclass(frozen=True)

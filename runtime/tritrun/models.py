@@ -1,10 +1,9 @@
 """The files that tritrun takes: models that write text, whole or in parts."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from tritcore.errors import TritError
-from tritcore.gguf_header import ModelFile, Skipped, parts_of, read_model_file
+from tritcore.gguf_header import ModelFile, Skipped, joined, parts_of, read_model_file
 
 _NO_MODELS = {
     "adapter": "an adapter (LoRA): merge it into its model first",
@@ -28,11 +27,7 @@ def read_text_model(path: Path) -> ModelFile:
     Raises:
         TritError: as `read_model_file` and `parts_of`; or the file holds something else, which the message names.
     """
-    model = read_model_file(path)
-    parts = parts_of(model)
-    if len(parts) > 1:
-        tensors = tuple(tensor for part in parts for tensor in part.tensors)
-        model = replace(parts[0], size=sum(part.size for part in parts), tensors=tensors)
+    model = joined(parts_of(read_model_file(path)))
     if (reason := _no_text_model(model)) is not None:
         raise TritError(f"{path} cannot be run: it is {reason}")
     return model

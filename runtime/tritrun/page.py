@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from html import escape
 from importlib import resources
 
 from rich.filesize import decimal as human_size
 
 from tritrun.charts import charts_of
-from tritrun.comparison import Comparison, Conditions, Row
+from tritrun.comparison import Comparison, Row
 from tritrun.rounds import PHASES, Spread
 from tritrun.scatter import Chart, mark, style
 
@@ -205,37 +204,6 @@ def _conditions(comparison: Comparison) -> Iterable[str]:
     yield "<h2>How it was measured</h2>"
     yield f"<pre><code>{escape(conditions.command)}</code></pre>"
     yield "<dl>"
-    for name, value in _facts(conditions):
+    for name, value in conditions.facts():
         yield f"<dt>{name}</dt><dd>{escape(value)}</dd>"
     yield "</dl>"
-
-
-def _facts(conditions: Conditions) -> Iterable[tuple[str, str]]:
-    machine, versions = conditions.machine, conditions.versions
-    yield "date", datetime.fromisoformat(conditions.date).strftime("%Y-%m-%d %H:%M UTC")
-    yield "text", f"{conditions.text}, SHA-256 {conditions.text_sha256}"
-    yield (
-        "scored",
-        f"{conditions.chunks} chunks of {conditions.ctx} tokens, the second half of each: "
-        f"{conditions.scored_tokens:,} tokens",
-    )
-    if conditions.recipes:
-        matrix = (
-            f"with an importance matrix from {conditions.calibration}"
-            if conditions.calibration
-            else "without an importance matrix"
-        )
-        yield "recipes", f"{', '.join(conditions.recipes)}: made of the base by llama-quantize, {matrix}"
-    if speed := conditions.speed:
-        yield (
-            "speed",
-            f"llama-bench: decode is an answer of {speed['answer_tokens']} tokens, prompt is reading "
-            f"{speed['prompt_tokens']}; {speed['rounds']} rounds, each over all files in turn",
-        )
-    yield "machine", f"{machine['cpu']}, {machine['architecture']}, {machine['system']}"
-    yield "threads", f"{conditions.threads} of {machine['cores']} cores, CPU code for {conditions.cpu}"
-    yield (
-        "versions",
-        f"trit-gguf {versions['trit-gguf']}, llama-cpp-python {versions['llama-cpp-python']}; libraries "
-        f"{versions['libraries'][:16]}",
-    )
