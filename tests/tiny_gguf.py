@@ -86,6 +86,44 @@ def write_tiny_adapter(path: Path, *, scale: float = 1.0, architecture: str = "l
     return path
 
 
+def write_tiny_projector(path: Path, *, hidden: int = HIDDEN) -> Path:
+    """Write the eyes of a tiny LLaVA: a vision transformer with random weights, and a projector of two layers."""
+    width, ff, image, patch = 32, 64, 28, 14
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", True)
+    numbers = {"image_size": image, "patch_size": patch, "embedding_length": width, "feed_forward_length": ff}
+    numbers |= {"projection_dim": hidden, "block_count": 2, "attention.head_count": 2}
+    for key, value in numbers.items():
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    rng = np.random.default_rng(3)
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.normal(0, 1, shape).astype(np.float32))
+
+    add("v.patch_embd.weight", width, 3, patch, patch)
+    add("v.position_embd.weight", (image // patch) ** 2 + 1, width)
+    add("v.class_embd", width)
+    norms = ["v.pre_ln", *(f"v.blk.{layer}.ln{n}" for layer in range(2) for n in (1, 2))]
+    matrices = {"mm.0": (hidden, width), "mm.2": (hidden, hidden)}
+    for layer in range(2):
+        matrices |= {f"v.blk.{layer}.attn_{role}": (width, width) for role in ("q", "k", "v", "out")}
+        matrices |= {f"v.blk.{layer}.ffn_up": (ff, width), f"v.blk.{layer}.ffn_down": (width, ff)}
+    for name, shape in {**dict.fromkeys(norms, (width,)), **matrices}.items():
+        add(f"{name}.weight", *shape)
+        add(f"{name}.bias", shape[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def damaged(path: Path) -> Path:
     """Make a weight of output.weight a NaN."""
     reader = gguf.GGUFReader(path)

@@ -146,14 +146,14 @@ class Chat:
                 piece = piece if said else piece.lstrip()
                 if piece:
                     said.append(piece)
-                    _write(piece)
+                    write_answer(piece)
         except KeyboardInterrupt:
             answer.finish = "interrupted"
             raise
         finally:
             conversation.reply("".join(said))
             reasoning.end()
-            _write("\n")
+            write_answer("\n")
             if reasoning.seen and not said:
                 note(f"the model only reasoned and gave no answer{_ENDINGS.get(answer.finish, '')}")
             if report:
@@ -224,8 +224,8 @@ def _is_waiting(seconds: float) -> bool:
     return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 
-def _write(text: str) -> None:
-    """Write model output to stdout at once, without control characters."""
+def write_answer(text: str) -> None:
+    """Write a piece of an answer to stdout at once, without control characters."""
     sys.stdout.write(without_controls(text))
     sys.stdout.flush()
 

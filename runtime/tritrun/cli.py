@@ -20,7 +20,7 @@ from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
 from tritrun.card import CardOptions, check_card, write_card
 from tritrun.charts import as_svg
-from tritrun.chat import Chat, ChatOptions
+from tritrun.chat import Chat, ChatOptions, write_answer
 from tritrun.compare import compare as run_comparison
 from tritrun.compare import work_folder
 from tritrun.compare_plan import Plan, SpeedSettings
@@ -40,6 +40,7 @@ from tritrun.options import (
     KvType,
     KvTypeOption,
     LoraOption,
+    MmprojOption,
     ModelArgument,
     ThreadsOption,
     loading_of,
@@ -49,10 +50,11 @@ from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
 from tritrun.provenance import is_repo_id
 from tritrun.sampling import Sampling
-from tritrun.serve import API_KEY, ServeOptions
-from tritrun.serve import serve as run_server
+from tritrun.serve import serve as run_serve
+from tritrun.server import API_KEY, ServerOptions
 from tritrun.tools import library_folder
 from tritrun.versions import version
+from tritrun.vision import Question, answer_about_images
 
 
 def _versions() -> str:
@@ -116,6 +118,10 @@ def chat(
     kv_type: KvTypeOption = KvType.F16,
     lora: LoraOption = None,
     draft: DraftOption = None,
+    mmproj: MmprojOption = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="An image that --prompt is about. May be repeated.")
+    ] = None,
     check: CheckOption = True,
 ) -> None:
     """Chat with a model.
@@ -128,18 +134,26 @@ def chat(
         raise UsageError("--grammar and --json-schema both say what an answer looks like: leave one of them out")
     if "" in (stop or ()):
         raise UsageError("--stop '' would end every answer: leave it out")
+    if bool(image) != bool(mmproj) or (image and prompt is None):
+        raise UsageError("a question about images needs all of --image, --mmproj and --prompt")
     file = read_text_model(find_model(model))
     threads = threads or physical_cores()
     loading = loading_of(file, ctx, threads, gpu_layers, check, kv_type, lora, draft)
     rules = read_grammar(grammar) if grammar else grammar_of_schema(json_schema) if json_schema else None
     sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, grammar=rules)
     question = sys.stdin.read() if prompt == "-" else prompt
+    options = ChatOptions(sampling, seed, max_tokens, tuple(stop or ()))
+    if image and mmproj and question is not None:
+        asked = Question(question, image, system)
+        answer_about_images(file, ServerOptions(loading, mmproj=read_projector(mmproj)), asked, options, write_answer)
+        write_answer("\n")
+        return
     interactive = question is None and err.is_terminal
     if interactive:
         note(f"loading {file.path.name} ({human_size(file.size)})")
     end_in_one_line(file.path, library_folder())
     with Engine(file, loading) as engine:
-        session = Chat(engine, ChatOptions(sampling, seed, max_tokens, tuple(stop or ())), system)
+        session = Chat(engine, options, system)
         if question is not None:
             session.answer_once(question)
             return
@@ -177,9 +191,7 @@ def serve(
     kv_type: KvTypeOption = KvType.F16,
     lora: LoraOption = None,
     draft: DraftOption = None,
-    mmproj: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The part of the model that sees or hears, in GGUF.")
-    ] = None,
+    mmproj: MmprojOption = None,
     check: CheckOption = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the server's log.")] = False,
 ) -> None:
@@ -194,7 +206,7 @@ def serve(
     file = read_text_model(find_model(model))
     loading = loading_of(file, ctx, threads or physical_cores(), gpu_layers, check, kv_type, lora, draft)
     projector = read_projector(mmproj) if mmproj else None
-    run_server(file, ServeOptions(loading, host, port, parallel, api_key, projector, verbose, others))
+    run_serve(file, ServerOptions(loading, host, port, parallel, api_key, projector, verbose, others))
 
 
 @app.command(

@@ -67,6 +67,9 @@ LoraOption = Annotated[
         "--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter in GGUF. May be repeated.", show_default=False
     ),
 ]
+MmprojOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The part of the model that sees or hears, in GGUF.")
+]
 DraftOption = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="A smaller model of the same family, which guesses tokens."),

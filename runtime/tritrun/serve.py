@@ -1,156 +1,39 @@
-"""`tritrun serve`: llama.cpp's own server, after the checks that a chat makes."""
+"""`tritrun serve`: a server for browsers and programs, until Ctrl-C."""
 
 import http.client
 import ipaddress
-import re
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 import typer
 
-from tritcore.console import note, one_line, warning
-from tritcore.errors import TritError, UsageError
+from tritcore.console import note, warning
 from tritcore.gguf_header import ModelFile
-from tritrun.llama import has_gpu, refusal
-from tritrun.loading import Loading
-from tritrun.tool_log import read_record
-from tritrun.tools import run_tool
-
-API_KEY = "LLAMA_API_KEY"
-"""Variable that llama-server takes its key from. Anybody on the machine may read a command line."""
-
-_PROGRAM = "llama-server"
-_LISTENS = re.compile(r"listening on (http\S+)")
-_TAKEN = "couldn't bind"
-_SECONDS_TO_END = 5.0
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # and how this machine reaches itself there
+from tritrun.server import ServerOptions, run_server
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """How to serve a model.
-
-    Attributes:
-        loading: its context is that of each user.
-        host: the address to listen on.
-        port: 0 for a free one.
-        parallel: users at once; more wait.
-        api_key: that clients must send; None lets everybody in.
-        mmproj: the part of the model that sees or hears; None for a model of text.
-        verbose: show the server's log.
-        others: options of llama-server, which come last and so win.
-    """
-
-    loading: Loading
-    host: str
-    port: int
-    parallel: int
-    api_key: str | None = None
-    mmproj: Path | None = None
-    verbose: bool = False
-    others: Sequence[str] = ()
-
-
-def serve(model: ModelFile, options: ServeOptions) -> None:
-    """Serve until Ctrl-C. The address goes to stdout once the server answers.
-
-    Raises:
-        TritError: the model does not fit into memory, is damaged, the address is taken, or the server fails.
-    """
-    n_ctx = options.loading.context(model)
-    if options.loading.gpu_layers == "0" or not has_gpu():  # else the server makes it fit
-        options.loading.check_memory(model, n_ctx * options.parallel, on_gpu=0)
+def serve(model: ModelFile, options: ServerOptions) -> None:
+    """Serve until Ctrl-C. The address goes to stdout once the server answers. Raises as `run_server`."""
     if not options.api_key and not _is_loopback(options.host):
         warning(f"anybody who reaches {options.host} can use this server: give --api-key")
-    log = _Log(options, n_ctx)
-    environment = {API_KEY: options.api_key} if options.api_key else {}
+
+    def say_where(url: str, n_ctx: int) -> None:
+        users = "one user" if options.parallel == 1 else f"{options.parallel} users at once"
+        page = "" if _has_page(url) else "no web page, as this build was made without npm; "
+        note(f"{page}OpenAI's API under {url}/v1, {users}, {n_ctx} tokens of context each; Ctrl-C ends it")
+        typer.echo(url)  # last, as what waits for it may stop the server at once
+        sys.stdout.flush()
+
     try:
-        finished = run_tool(
-            _PROGRAM,
-            _arguments(model, options, n_ctx),
-            log.feed,
-            environment=environment,
-            seconds_to_end=_SECONDS_TO_END,
-        )
+        run_server(model, options, say_where)
     except KeyboardInterrupt:
         note("the server has ended")
-        return
-    if finished.exit_code == 0:
-        return
-    reason = log.first_error or finished.reason
-    if _TAKEN in reason:
-        raise TritError(f"{options.host}:{options.port} cannot be listened on: is it in use? Choose another --port")
-    if not log.listens:
-        raise refusal(model.path, reason)
-    raise TritError(f"{_PROGRAM} has ended: {reason}")
-
-
-def _arguments(model: ModelFile, options: ServeOptions, n_ctx: int) -> list[str]:
-    loading, kv_type = options.loading, options.loading.kv_type.name.lower()
-    arguments = ["--model", model.path, "--host", options.host, "--port", options.port]
-    # Each user has a context of his own, which no other one can fill.
-    arguments += ["--ctx-size", n_ctx * options.parallel, "--parallel", options.parallel, "--no-kv-unified"]
-    arguments += ["--threads", loading.threads, "--gpu-layers", loading.gpu_layers]
-    arguments += ["--cache-type-k", kv_type, "--cache-type-v", kv_type, "--embeddings", "--pooling", "mean"]
-    arguments += ["--check-tensors"] if loading.check else []
-    for adapter in loading.adapters:
-        if set(",:") & set(str(adapter.path)):
-            raise UsageError(f"{adapter.path}: llama-server takes no comma and no colon in the name of an adapter")
-        arguments += ["--lora-scaled", f"{adapter.path}:{adapter.scale}"]
-    if loading.draft is not None:
-        arguments += ["--model-draft", loading.draft.path, "--spec-type", "draft-simple"]
-    if options.mmproj is not None:
-        arguments += ["--mmproj", options.mmproj]
-    # With others, any page that a browser shows could talk to the server.
-    arguments += ["--cors-origins", "localhost", "--log-jsonl"]
-    return [*map(str, arguments), *options.others]
 
 
 def _is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-class _Log:
-    """Follows the server's log.
-
-    Attributes:
-        first_error: the first error in it; later ones only repeat that loading failed.
-        listens: whether the server has answered.
-    """
-
-    def __init__(self, options: ServeOptions, n_ctx: int) -> None:
-        self.first_error = ""
-        self.listens = False
-        self._options = options
-        self._n_ctx = n_ctx
-
-    def feed(self, line: str) -> None:
-        """Take one line of the server's stdout."""
-        record = read_record(line)
-        if record is None:
-            return
-        if self._options.verbose:
-            note(record.message)
-        if record.level == "error":
-            self.first_error = self.first_error or one_line(record.message)
-        elif (found := _LISTENS.search(record.message)) and not self.listens:
-            self.listens = True
-            self._say_where(found[1])
-
-    def _say_where(self, url: str) -> None:
-        options = self._options
-        for anywhere, here in _EVERYWHERE.items():
-            url = url.replace(f"//{anywhere}:", f"//{here}:").replace(f"//[{anywhere}]:", f"//{here}:")
-        users = "one user" if options.parallel == 1 else f"{options.parallel} users at once"
-        page = "" if _has_page(url) else "no web page, as this build was made without npm; "
-        note(f"{page}OpenAI's API under {url}/v1, {users}, {self._n_ctx} tokens of context each; Ctrl-C ends it")
-        typer.echo(url)  # last, as what waits for it may stop the server at once
-        sys.stdout.flush()
 
 
 def _has_page(url: str) -> bool:
