@@ -17,7 +17,7 @@ import openai
 import pytest
 from checkpoints import ROOT, SMOLLM2_GGUF
 from command_line import tritconv
-from tiny_gguf import damaged, write_tiny_model
+from tiny_gguf import damaged, write_tiny_adapter, write_tiny_model
 
 pytestmark = pytest.mark.build
 
@@ -197,6 +197,24 @@ def test_options_of_llama_server(tiny_model: Path) -> None:
         assert [model.id for model in client.models.list()] == ["mine"]
         process.send_signal(signal.SIGINT)
         assert "listening on" in process.communicate(timeout=30)[1]
+
+
+def test_what_a_chat_loads_a_server_loads_too(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = write_tiny_adapter(tmp_path / "lora.gguf", scale=0.5)
+    draft = write_tiny_model(tmp_path / "draft.gguf", noise=0.1)
+    loading = ("--lora", f"{adapter}=0.8", "--draft", draft, "--kv-type", "f32", "--ctx", 512)
+
+    def served(*more: object) -> str:
+        with (
+            serving(tiny_model, *more) as (url, _),
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            return ask(client, messages=[QUESTION]).choices[0].message.content
+
+    answer = served(*loading)
+    assert answer != served()
+    chat = tritrun("chat", tiny_model, *loading, "-p", QUESTION["content"], "--temp", 0, "--max-tokens", 24)
+    assert chat.stdout == answer + "\n"
 
 
 def test_an_address_in_use(tiny_model: Path) -> None:
