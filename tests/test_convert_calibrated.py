@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import logits, make_checkpoint, tritconv
+from command_line import tritconv as in_process
 from gguf import GGUFReader, quants
 
+from tritconv import effort
 from tritcore import gguf_types  # noqa: F401 - gguf then knows the TRIT types
 
 pytestmark = pytest.mark.build
@@ -136,6 +138,23 @@ def test_the_text_of_tritconv_besides(checkpoint: Path, tmp_path: Path, text: Pa
     description = field(target, "trit.calibration")
     assert description[:2] == ["topics.txt", "the text of tritconv"]
     assert "47 sequences of 64 tokens" in description  # 32 of the one, 15 of the other
+
+
+def test_a_text_is_taken_as_far_as_an_hour_allows(
+    checkpoint: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effort, "_AFFORDABLE", 0.0)
+    options = ("--depth", 2, "--calibrate", text, "--calib-seq", 64, "--embed-type", "q8_0", "--force")
+
+    def said(*more: object) -> str:
+        done = in_process("hf-to-gguf", checkpoint, *options, *more, "-o", tmp_path / "x.gguf")
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "not by gptq on 262,144 tokens" in said()
+    assert "gptq on 16,384 tokens" in said()
+    assert "not by" not in said("--calib-tokens", 2048)
+    assert "not by" not in said("--method", "gptq", "--calib-tokens", 2048)
 
 
 def test_experts_without_tokens_go_by_the_search(tmp_path: Path, text: Path) -> None:
