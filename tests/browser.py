@@ -1,5 +1,6 @@
 """A real browser for tests: Chromium without a window, spoken to over pipes in its DevTools protocol."""
 
+import base64
 import json
 import os
 import shutil
@@ -26,14 +27,14 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One page, without a network.
+    """One page, without a network unless wanted.
 
     Attributes:
         complaints: what the browser wrote to its console, and errors of scripts.
         requests: addresses that the page asked for, its own the first.
     """
 
-    def __init__(self, to_browser: int, from_browser: int) -> None:
+    def __init__(self, to_browser: int, from_browser: int, online: bool) -> None:
         self._to = os.fdopen(to_browser, "wb", buffering=0)
         self._from = os.fdopen(from_browser, "rb")
         self._last_id = 0
@@ -45,7 +46,9 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        if not online:
+            none = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+            self.call("Network.emulateNetworkConditions", offline=True, **none)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Have the browser do something, and return its answer."""
@@ -58,15 +61,15 @@ class Page:
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
 
-    def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
-        """Load a file into a window of this size in px."""
+    def open(self, place: Path | str, width: int, height: int = 900, dark: bool = False) -> None:
+        """Load a file, or an address, into a window of this size in px."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="screen", features=[scheme])
         self._events.clear()
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._read()
 
@@ -75,6 +78,14 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def write(self, text: str) -> None:
+        """Type a text into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def screenshot(self, path: Path) -> None:
+        """Save what the window shows, as PNG."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def press(self, key: str) -> None:
         """Press a key, such as Tab or Enter."""
@@ -104,7 +115,7 @@ class Page:
 
 
 @contextmanager
-def open_browser(program: str) -> Iterator[Page]:
+def open_browser(program: str, *, online: bool = False) -> Iterator[Page]:
     """Start a browser; it and its profile are gone afterwards."""
     from_us, to_browser = os.pipe()
     from_browser, to_us = os.pipe()
@@ -122,7 +133,7 @@ def open_browser(program: str) -> Iterator[Page]:
         watchdog = threading.Timer(_LONGEST, process.kill)  # a browser that hangs must not hang the tests
         watchdog.start()
         try:
-            yield Page(to_browser, from_browser)
+            yield Page(to_browser, from_browser, online)
         finally:
             watchdog.cancel()
             process.terminate()

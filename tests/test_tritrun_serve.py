@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+from browser import Page, find_browser, open_browser
 from checkpoints import ROOT, SMOLLM2_GGUF
 from command_line import tritconv
 from tiny_gguf import damaged, write_tiny_adapter, write_tiny_model
@@ -27,6 +29,19 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
 # The model's own knows no tools.
 WITH_TOOLS = ROOT / "build/src/vendor/llama.cpp/models/templates/Qwen-Qwen2.5-7B-Instruct.jinja"
+
+
+SCREENSHOT = ROOT / "build" / "screenshots" / "serve.png"  # for people to look at
+
+
+def shown(page: Page, until: Callable[[str], bool], seconds: float = 60) -> Iterator[str]:
+    """What a page shows, again and again, until it is what was waited for."""
+    for _ in range(int(10 * seconds)):
+        yield (text := page.evaluate("document.body.innerText"))
+        if until(text):
+            return
+        time.sleep(0.1)
+    raise AssertionError(text)
 
 
 def tritrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -163,6 +178,30 @@ def test_a_question_longer_than_the_context(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="context"):
         ask(client, messages=[{"role": "user", "content": "word " * 2000}])
     assert "Paris" in ask(client).choices[0].message.content
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium")
+@pytest.mark.skipif(shutil.which("npm") is None, reason="no npm, so the build has no web page")
+def test_a_chat_in_the_browser(trit3: Path) -> None:
+    """The page is upstream's, so this looks only for what any page of a chat has."""
+    with (
+        serving(trit3, "--ctx", 1024, "--", "--predict", 48) as (url, process),
+        open_browser(str(find_browser()), online=True) as page,
+    ):
+        page.open(url, 1000)
+        list(shown(page, until=lambda _: page.evaluate("document.querySelector('textarea') !== null")))
+        page.evaluate("document.querySelector('textarea').focus()")
+        question = "What is the capital of France?"
+        page.write(question)
+        page.press("Enter")
+        texts = list(shown(page, until=lambda text: question in text and "t/s" in text and "Stop" not in text))
+        SCREENSHOT.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(SCREENSHOT)
+        assert len({text.partition(question)[2] for text in texts}) > 5  # the answer, as it grows
+        own = [address for address in page.requests if not address.startswith(("data:", "blob:"))]
+        assert all(address.startswith(f"{url}/") for address in own), own
+        process.send_signal(signal.SIGINT)
+        assert "no web page" not in process.communicate(timeout=30)[1]
 
 
 def test_ctrl_c_ends_it(tiny_model: Path) -> None:
