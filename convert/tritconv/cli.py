@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from gguf import GGMLQuantizationType
 
-from tritconv import __version__
+from tritconv import __version__, extra
 from tritconv.methods import MethodName
 from tritconv.plan import Plan, TypeRule
 from tritconv.sources.source import Kind
@@ -239,6 +239,7 @@ def hf_to_gguf(
     ] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint: a local folder, or a model on the hub."""
+    extra.need("tritconv hf-to-gguf")
     from tritconv import convert, report
     from tritconv.sources import foreign_code
 
@@ -427,6 +428,7 @@ def _calibration(
         if options.memory is not None:
             raise UsageError("--memory is for calibrations: leave it out, or leave out --fast, --imatrix and --method")
         return None
+    extra.need("a calibration", otherwise="give --fast" if budget is None else "")
     from tritconv.calibration import bundled, documents
     from tritconv.calibration.context import CalibrationOptions
     from tritconv.calibration.text import TextOptions
