@@ -10,17 +10,19 @@ import hashlib
 import io
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import build as build_script
 from llamabuild import compile as compiling
-from llamabuild import source, toolchain, wheels
+from llamabuild import source, toolchain, versions, wheels
 from llamabuild.shell import BuildError, error_line
 
 REPOSITORY = build_script.HERE.parent.parent
@@ -432,6 +434,7 @@ def test_error_line(output: str, line: str) -> None:
 
 # The wheels.
 
+VERSIONS = versions.Versions("0.1.0", "0.3.36+ours", "0.19.0+ours")
 LIBRARIES = ("libggml-cpu-x64.so", "libllama.dylib")  # as on macOS: both are libraries there
 
 
@@ -441,33 +444,39 @@ def built(tmp_path: Path) -> wheels.Wheels:
     tree, binaries = tmp_path / "src", tmp_path / "bin"
     packages = (folder / "__init__.py" for folder in wheels.BINDINGS_FOLDERS)
     for path in (*wheels.BINDINGS_FILES, *packages):
-        write(tree / path, path.name)
+        write(tree / path, '__version__ = "0.3.36"\n')
+    write(tree / wheels.GGUF_PY / "pyproject.toml", '[project]\nversion = "0.19.0"\n')
     for binary in (*LIBRARIES, *wheels.TOOLS, "test-backend-ops"):
         write(binaries / binary, binary)
-    return wheels.Wheels(tree, binaries, tmp_path / "wheel", Path(sys.executable))
+    return wheels.Wheels(VERSIONS, tree, binaries, tmp_path / "wheel", Path(sys.executable))
 
 
 def test_wheel_holds_libraries_tools_and_conversion(built: wheels.Wheels) -> None:
-    stage = built.stage("key", built.libraries(), built.tools())
+    stage, _ = built.stage("key", built.libraries(), built.tools())
     assert sorted(path.name for path in (stage / "llama_cpp" / "bin").iterdir()) == sorted(wheels.TOOLS)
-    assert sorted(path.name for path in (stage / "llama_cpp" / "lib").iterdir()) == ["build.key", *LIBRARIES]
+    assert sorted(path.name for path in (stage / "llama_cpp" / "lib").iterdir()) == [
+        "build.commit",
+        "build.key",
+        *LIBRARIES,
+    ]
     assert (stage / wheels.KEY_FILE).read_text() == "key"
     assert (stage / source.LLAMA_CPP / "conversion" / "__init__.py").exists()
 
 
-def test_key_follows_source_and_binaries(built: wheels.Wheels) -> None:
+def test_key_follows_source_versions_and_binaries(built: wheels.Wheels) -> None:
     binaries = built.tools()
     keys = {built.key("one", binaries), built.key("one", binaries), built.key("two", binaries), built.key("one", [])}
+    keys.add(replace(built, versions=replace(VERSIONS, gguf="0.19.0+other")).key("one", binaries))
     write(binaries[0], "another build")
     keys.add(built.key("one", binaries))
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 def test_a_python_outside_an_environment_is_refused(built: wheels.Wheels, tmp_path: Path) -> None:
     python = tmp_path / "python"
     write(python, "#!/bin/sh\necho False\necho /nowhere\n")
     python.chmod(0o755)
-    outside = wheels.Wheels(built.source, built.binaries, built.folder, python)
+    outside = replace(built, python=python)
     with pytest.raises(BuildError, match="in no virtual environment"):
         outside.install("key")
 
@@ -485,3 +494,44 @@ def test_python_parts_are_installed_where_no_build_of_the_source_is(
     assert not built.install_python("source")
     assert built.install_python("another source")
     assert len(installed) == 2
+
+
+# The versions.
+
+
+def test_versions_of_the_project_are_those_of_the_pinned_source() -> None:
+    ours = versions.read()
+    assert ours.llama_cpp_python.startswith(f"{source.VERSION}+")
+    assert "+" in ours.gguf
+    assert re.fullmatch(r"[\w.+-]+", ours.label)
+
+
+def test_wheels_have_the_versions_wanted(built: wheels.Wheels) -> None:
+    bindings, gguf = built.stage("key", [], [])
+    assert (bindings / "llama_cpp" / "__init__.py").read_text() == '__version__ = "0.3.36+ours"\n'
+    assert (gguf / "pyproject.toml").read_text() == '[project]\nversion = "0.19.0+ours"\n'
+    assert "ours" not in (built.source / wheels.GGUF_PY / "pyproject.toml").read_text()
+
+
+def test_a_newer_source_wants_newer_versions(built: wheels.Wheels) -> None:
+    newer = replace(built, versions=replace(VERSIONS, llama_cpp_python="0.3.37+ours"))
+    with pytest.raises(BuildError, match=r"asks for 0\.3\.37\+ours, but __version__ in .* is 0\.3\.36"):
+        newer.stage("key", [], [])
+
+
+def test_a_project_without_a_version(tmp_path: Path) -> None:
+    write(tmp_path / "pyproject.toml", '[project]\nversion = "1"\n')
+    with pytest.raises(BuildError, match="no line has"):
+        versions.read(tmp_path / "pyproject.toml")
+
+
+def test_the_commit_of_a_repository(tmp_path: Path) -> None:
+    assert versions.commit(tmp_path) == "", "no repository"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
+    write(tmp_path / "file", "one")
+    for words in (["init", "--quiet"], ["add", "file"], ["commit", "--quiet", "-m", "one"], ["tag", "v1"]):
+        subprocess.run([*git, *words], check=True)
+    clean = versions.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12,}", clean)
+    write(tmp_path / "file", "two")
+    assert versions.commit(tmp_path) == clean + versions.DIRTY

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from gguf import GGMLQuantizationType
 
-from tritconv import __version__, extra
+from tritconv import extra
 from tritconv.methods import MethodName
 from tritconv.plan import Plan, TypeRule
 from tritconv.sources.source import Kind
@@ -23,6 +23,7 @@ from tritcore.console import out, warning
 from tritcore.errors import UsageError
 from tritcore.format import DEPTHS
 from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
+from tritcore.versions import versions
 
 if TYPE_CHECKING:
     from tritconv.allocate import Budget
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from tritconv.methods.imatrix import Importances
     from tritconv.methods.tune import TuneOptions
 
-app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", lambda: __version__)
+app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", versions)
 
 
 class StorageType(str, Enum):

@@ -13,6 +13,7 @@ from rich.table import Table
 from tritcore.commands import examples, new_app
 from tritcore.console import err, note, out
 from tritcore.files import check_writable, write_text_atomically
+from tritcore.versions import versions
 from tritrun import variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
@@ -29,14 +30,8 @@ from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
 from tritrun.tools import library_folder
-from tritrun.versions import version
 
-
-def _versions() -> str:
-    return f"{version('trit-gguf')} (llama-cpp-python {version('llama-cpp-python')})"
-
-
-app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
+app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", versions)
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="Model file.", show_default=False)]
 ThreadsOption = Annotated[

@@ -19,6 +19,7 @@ from tritcore.console import err, note
 from tritcore.errors import TritError
 from tritcore.files import check_writable, sha256_of_all
 from tritcore.gguf_header import ModelFile
+from tritcore.versions import version
 from tritrun import machine, variants
 from tritrun.bench import BenchRun
 from tritrun.compare_plan import Plan
@@ -31,7 +32,6 @@ from tritrun.peers import check_recipes, make_imatrix, quantize
 from tritrun.perplexity import Measurement, Run
 from tritrun.rounds import Speeds, Spread, run_round, summarize
 from tritrun.tools import find_tool, fingerprint
-from tritrun.versions import version
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamabuild import compile as compiling
-from llamabuild import source, toolchain
+from llamabuild import source, toolchain, versions
 from llamabuild.shell import BuildError
 from llamabuild.wheels import Wheels
 
@@ -104,7 +104,8 @@ def build(options: argparse.Namespace) -> None:
     print(f"source: {folder / 'src'} ({len(changed)} files changed)")
     if options.source_only:
         return
-    wheels = Wheels(folder / "src", folder / "cmake" / "bin", folder / "wheel", options.python)
+    wanted = versions.read()
+    wheels = Wheels(wanted, folder / "src", folder / "cmake" / "bin", folder / "wheel", options.python)
     if options.python_only:
         done = "installed" if wheels.install_python(patches.key()) else "already installed"
         print(f"{source.PACKAGE} without libraries, and gguf: {done} for {options.python}")
@@ -121,13 +122,12 @@ def build(options: argparse.Namespace) -> None:
         print("instruction sets: all variants")
 
     work = compiling.Build(folder / "cmake", folder / "build.log", options.python, compilers, flags)
-    commit = f"{source.VERSION}+trit"
     work.configure(
         folder / "src" / source.LLAMA_CPP,
         compiling.options(
             all_variants=options.cpu == "all",
             cuda=options.cuda,
-            commit=commit,
+            commit=wanted.label,
             cuda_architectures=options.cuda_architectures,
         ),
     )
