@@ -15,8 +15,10 @@ TORCH ?= torch==2.13.0
 # `make build CPU=native`. CUDA_ARCHITECTURES is what CMake takes; without it ggml's CMakeLists.txt chooses.
 # CPU=all is what the tests need and what runs anywhere; CPU=native is for this machine alone and compiles less. Name the
 # same one to each goal: the other is another build, and takes the place of the first.
+# UI=on insists on llama-server's web page, UI=off leaves it out; by default it is inside where npm is.
 CPU ?= all
 CUDA ?= 0
+UI ?= auto
 CUDA_ARCHITECTURES ?=
 BUILD_FLAGS ?=
 ifeq ($(CUDA),1)
@@ -73,7 +75,7 @@ bench: $(DEMO_GGUF) ## measure speed beside other types: BENCH_FLAGS="--models l
 	$(BIN)/python bench/micro.py
 
 build: $(VENV)/tools ## build the patched llama.cpp and install llama-cpp-python over it
-	$(BIN)/python vendor/llama.cpp-patch/build.py --cpu $(CPU) $(BUILD_FLAGS)
+	$(BIN)/python vendor/llama.cpp-patch/build.py --cpu $(CPU) --ui $(UI) $(BUILD_FLAGS)
 
 lint: $(VENV)/packages ## ruff and mypy
 	$(BIN)/ruff check .

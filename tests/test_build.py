@@ -22,7 +22,7 @@ import pytest
 
 import build as build_script
 from llamabuild import compile as compiling
-from llamabuild import source, toolchain, versions, wheels
+from llamabuild import page, source, toolchain, versions, wheels
 from llamabuild.shell import BuildError, error_line
 
 REPOSITORY = build_script.HERE.parent.parent
@@ -494,6 +494,71 @@ def test_python_parts_are_installed_where_no_build_of_the_source_is(
     assert not built.install_python("source")
     assert built.install_python("another source")
     assert len(installed) == 2
+
+
+# The web page.
+
+NPM_FAILED = """\
+-- UI: running npm ci
+-- UI: npm ci failed (1)
+--   stderr: npm error code ENOTFOUND
+npm error network request to https://registry.npmjs.org/x failed
+"""
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program called npm, alone on PATH."""
+    program = tmp_path / "npm" / "npm"
+    write(program, "#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    return program
+
+
+def test_the_page_is_inside_where_npm_has_made_it(npm: Path, tmp_path: Path) -> None:
+    made = page.Page("auto", tmp_path)
+    assert made.is_wanted
+    write(tmp_path / "tools" / "ui" / "dist" / "index.html", "<html>")
+    write(tmp_path / "tools" / "ui" / "ui-src" / "node_modules" / "large.js", "")
+    assert made.finish("") == "llama-server's web page: inside"
+    assert not (tmp_path / "tools" / "ui" / "ui-src").exists()
+
+
+def test_a_failed_npm_is_named_in_one_line(npm: Path, tmp_path: Path) -> None:
+    line = page.Page("auto", tmp_path).finish(NPM_FAILED)
+    assert line == "llama-server's web page: none (npm ci failed (1): npm error code ENOTFOUND)"
+    with pytest.raises(BuildError, match="no web page: npm ci failed"):
+        page.Page("on", tmp_path).finish(NPM_FAILED)
+
+
+def test_without_npm_there_is_no_page(npm: Path, tmp_path: Path) -> None:
+    npm.unlink()
+    made = page.Page("auto", tmp_path)
+    assert not made.is_wanted
+    assert made.finish("") == "llama-server's web page: none (npm is not on PATH)"
+    with pytest.raises(BuildError, match="npm not found on PATH"):
+        page.Page("on", tmp_path)
+
+
+def test_a_page_that_is_built_needs_no_npm(npm: Path, tmp_path: Path) -> None:
+    npm.unlink()
+    write(tmp_path / "tools" / "ui" / "dist" / "index.html", "<html>")
+    assert page.Page("auto", tmp_path).finish("") == page.Page("on", tmp_path).finish("")
+
+
+def test_a_page_that_is_not_wanted_does_not_stay(npm: Path, tmp_path: Path) -> None:
+    write(tmp_path / "tools" / "ui" / "dist" / "index.html", "<html>")
+    made = page.Page("off", tmp_path)
+    assert not made.is_wanted
+    assert made.finish("") == "llama-server's web page: none (--ui off)"
+    assert not (tmp_path / "tools" / "ui" / "dist").exists()
+
+
+@pytest.mark.parametrize(("ui", "value"), [(True, "ON"), (False, "OFF")])
+def test_npm_is_the_only_way_to_the_page(ui: bool, value: str) -> None:
+    options = compiling.options(all_variants=True, cuda=False, commit="c", ui=ui)
+    assert {f"-DLLAMA_BUILD_UI={value}", "-DLLAMA_USE_PREBUILT_UI=OFF"} <= set(options)
 
 
 # The versions.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llamabuild import compile as compiling
 from llamabuild import source, toolchain, versions
+from llamabuild.page import CHOICES, Page
 from llamabuild.shell import BuildError
 from llamabuild.wheels import Wheels
 
@@ -66,6 +67,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="",
         metavar="LIST",
         help="with --cuda: what to compile for, such as 89-real or 80;90 (default: ggml's CMakeLists.txt chooses)",
+    )
+    parser.add_argument(
+        "--ui",
+        choices=CHOICES,
+        default="auto",
+        help="llama-server's web page, by npm, which fetches what it needs; auto: where npm is, and the server goes "
+        "without it if npm fails (default: %(default)s)",
     )
     parser.add_argument("--target", action="append", help="build only this target, and do not install; may be repeated")
     stop = parser.add_mutually_exclusive_group()
@@ -121,6 +129,7 @@ def build(options: argparse.Namespace) -> None:
     else:
         print("instruction sets: all variants")
 
+    page = Page(options.ui, folder / "cmake")
     work = compiling.Build(folder / "cmake", folder / "build.log", options.python, compilers, flags)
     work.configure(
         folder / "src" / source.LLAMA_CPP,
@@ -129,11 +138,13 @@ def build(options: argparse.Namespace) -> None:
             cuda=options.cuda,
             commit=wanted.label,
             cuda_architectures=options.cuda_architectures,
+            ui=page.is_wanted,
         ),
     )
     work.compile(options.target or compiling.TARGETS, options.jobs)
     if options.target:
         return
+    print(page.finish(work.log.read_text(encoding="utf-8")))
 
     done = "installed" if wheels.install(patches.key()) else "already installed"
     print(f"{source.PACKAGE} and gguf: {done} for {options.python}")

@@ -23,7 +23,9 @@ TARGETS = (*LIBRARIES, *TOOLS, *TESTS)
 PIP_HINT = "pip install cmake ninja"
 
 
-def options(*, all_variants: bool, cuda: bool, commit: str, cuda_architectures: str = "") -> list[str]:
+def options(
+    *, all_variants: bool, cuda: bool, commit: str, cuda_architectures: str = "", ui: bool = False
+) -> list[str]:
     """Return CMake's -D arguments.
 
     Args:
@@ -32,6 +34,7 @@ def options(*, all_variants: bool, cuda: bool, commit: str, cuda_architectures: 
         cuda: build ggml's CUDA backend too.
         commit: what the tools print as their commit.
         cuda_architectures: what it is compiled for, as CMAKE_CUDA_ARCHITECTURES has it; empty for ggml's own choice.
+        ui: let npm build llama-server's web page.
     """
     origin = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
     values = {
@@ -52,9 +55,9 @@ def options(*, all_variants: bool, cuda: bool, commit: str, cuda_architectures: 
         "LLAMA_BUILD_SERVER": "ON",
         "LLAMA_BUILD_EXAMPLES": "OFF",
         "LLAMA_BUILD_APP": "OFF",
-        # Nothing may reach for the network, neither now nor when the tools run.
+        # Nothing but npm may reach for the network, neither now nor when the tools run.
         "LLAMA_OPENSSL": "OFF",
-        "LLAMA_BUILD_UI": "OFF",
+        "LLAMA_BUILD_UI": "ON" if ui else "OFF",
         "LLAMA_USE_PREBUILT_UI": "OFF",
     }
     if cuda:
@@ -85,6 +88,9 @@ class Build:
             # ccache then finds the same files of a clone at another path.
             "CCACHE_BASEDIR": str(folder.parent.resolve()),
             "NINJA_STATUS": "[%f/%t] ",
+            "npm_config_audit": "false",
+            "npm_config_fund": "false",
+            "npm_config_update_notifier": "false",
         }
 
     def configure(self, source: Path, arguments: Sequence[str]) -> bool:
