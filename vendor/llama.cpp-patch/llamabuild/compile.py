@@ -75,18 +75,27 @@ class Build:
         log: what CMake and Ninja last wrote.
     """
 
-    def __init__(self, folder: Path, log: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]):
+    def __init__(self, folder: Path, root: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]):
+        """Prepare.
+
+        Args:
+            folder: Ninja's; the log lies beside it.
+            root: holds the source and ``folder``. Its path is in no binary, and ccache finds the files of other clones.
+            python: CMake and Ninja are beside it, or on PATH.
+            compilers: to use.
+            extra_flags: of the compilers, beyond those of CFLAGS and CXXFLAGS.
+        """
         self.folder = folder
-        self.log = log
+        self.log = folder.with_name("build.log")
         self._cmake = find_tool("cmake", python, PIP_HINT)
         self._ninja = find_tool("ninja", python, PIP_HINT)
-        self._env = outside_git(folder.parent) | {
+        flags = [*extra_flags, f"-ffile-prefix-map={root.resolve()}=."]
+        self._env = outside_git(root) | {
             "CC": shlex.join(compilers.c),
             "CXX": shlex.join(compilers.cxx),
-            "CFLAGS": " ".join([os.environ.get("CFLAGS", ""), *extra_flags]).strip(),
-            "CXXFLAGS": " ".join([os.environ.get("CXXFLAGS", ""), *extra_flags]).strip(),
-            # ccache then finds the same files of a clone at another path.
-            "CCACHE_BASEDIR": str(folder.parent.resolve()),
+            "CFLAGS": f"{os.environ.get('CFLAGS', '')} {shlex.join(flags)}".strip(),
+            "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {shlex.join(flags)}".strip(),
+            "CCACHE_BASEDIR": str(root.resolve()),
             "NINJA_STATUS": "[%f/%t] ",
             "npm_config_audit": "false",
             "npm_config_fund": "false",
@@ -146,6 +155,11 @@ class Build:
         if ninja.returncode != 0:
             sys.stderr.writelines(last)
             raise BuildError(f"the build failed: {error_line(''.join(last))}; the whole log is {self.log}")
+
+    def variants(self) -> list[str]:
+        """Return the file names of the modules with ggml's CPU code that this folder is configured for."""
+        listed = run([self._ninja, "-C", self.folder, "-t", "targets", "all"], env=self._env)
+        return sorted(set(re.findall(r"^bin/(libggml-cpu[^:]*):", listed, re.MULTILINE)))
 
 
 class Progress:

@@ -43,6 +43,12 @@ class Page:
     def _is_built(self) -> bool:
         return (self._folder / "dist" / "index.html").exists()
 
+    def take(self, build: Path) -> None:
+        """Take the page that another CMake's folder has, if there is one: it is the same for every machine."""
+        built = build / _FOLDER / "dist"
+        if self.is_wanted and not self._is_built() and (built / "index.html").exists():
+            shutil.copytree(built, self._folder / "dist", dirs_exist_ok=True)
+
     def finish(self, log: str) -> str:
         """Return a line that says whether llama-server has the page, once it is linked; remove npm's 700 MB.
 

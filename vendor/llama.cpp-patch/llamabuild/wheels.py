@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from . import versions
 from .compile import TOOLS
 from .shell import BuildError, run
 from .source import LLAMA_CPP
+from .toolchain import Machine
 from .versions import Versions
 
 BINDINGS_FILES = (Path("pyproject.toml"), Path("README.md"), Path("LICENSE.md"), LLAMA_CPP / "LICENSE")
@@ -99,18 +101,32 @@ class Wheels:
         made = self.make(key, libraries, tools)
         run([*self._pip(), "install", "--no-deps", "--force-reinstall", *made])
 
-    def make(self, key: str, libraries: Sequence[Path], tools: Sequence[Path]) -> list[Path]:
-        """Make both wheels in ``folder/made``, and return them.
+    def make(
+        self, key: str, libraries: Sequence[Path], tools: Sequence[Path], machine: Machine | None = None
+    ) -> tuple[Path, Path]:
+        """Make the wheels of the bindings and of gguf in ``folder/made``, and return them.
+
+        Args:
+            key: that the first one holds.
+            libraries: to pack.
+            tools: to pack.
+            machine: strip the binaries, which are for this one; None leaves them as they are, for this machine.
 
         Raises:
-            BuildError: pip fails.
+            BuildError: a program fails.
         """
         stages = self.stage(key, libraries, tools)
+        env = os.environ | (machine.environment if machine else {})
+        if machine:
+            packed = [path for folder in ("lib", "bin") for path in (stages[0] / "llama_cpp" / folder).iterdir()]
+            names = {path.name for path in (*libraries, *tools)}
+            run([*machine.strip, *(path for path in packed if path.name in names)])
         made = self.folder / "made"
         shutil.rmtree(made, ignore_errors=True)
         # The build requirements are in the environment already: nothing is fetched for an isolated one.
-        run([*self._pip(), "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", made, *stages])
-        return sorted(made.glob("*.whl"))
+        run([*self._pip(), "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", made, *stages], env=env)
+        (bindings,), (gguf,) = made.glob("llama_cpp_python-*.whl"), made.glob("gguf-*.whl")
+        return bindings, gguf
 
     def _pip(self) -> list[str | Path]:
         return [self.python, "-I", "-m", "pip", "--disable-pip-version-check"]
