@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="instead of installing, make wheels here that run on other machines, with trit-gguf and checksums",
     )
     parser.add_argument(
-        "--cross", choices=("aarch64",), help="with --dist: for Linux on another architecture, with its cross compiler"
+        "--cross", choices=("aarch64",), help="for Linux on another architecture, with its cross compiler"
     )
     parser.add_argument("--target", action="append", help="build only this target, and do not install; may be repeated")
     stop = parser.add_mutually_exclusive_group()
@@ -101,8 +101,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "installed already",
     )
     options = parser.parse_args(arguments)
-    if options.cross and options.dist is None:
-        parser.error("--cross makes wheels only: give --dist")
+    if options.cross and options.dist is None and not options.target:
+        parser.error("what --cross makes cannot be installed here: give --dist")
     if options.dist is not None and (options.cpu == "native" or options.cuda or options.target):
         parser.error("--dist makes wheels for every CPU: leave out --cpu native, --cuda and --target")
     return options

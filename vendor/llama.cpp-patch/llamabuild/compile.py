@@ -159,7 +159,7 @@ class Build:
     def variants(self) -> list[str]:
         """Return the file names of the modules with ggml's CPU code that this folder is configured for."""
         listed = run([self._ninja, "-C", self.folder, "-t", "targets", "all"], env=self._env)
-        return sorted(set(re.findall(r"^bin/(libggml-cpu[^:]*):", listed, re.MULTILINE)))
+        return sorted(set(re.findall(r"^bin/((?:lib)?ggml-cpu[^:]*\.(?:so|dll)):", listed, re.MULTILINE)))
 
 
 class Progress:

@@ -69,7 +69,8 @@ class Machine:
     @property
     def strip(self) -> tuple[str, ...]:
         """The command that takes from binaries what only debuggers read."""
-        return (run([*self.compilers.c, "-print-prog-name=strip"]).strip(), "--strip-unneeded")
+        program = run([*self.compilers.c, "-print-prog-name=strip"]).strip()
+        return program, "-x" if platform.system() == "Darwin" else "--strip-unneeded"
 
     @property
     def environment(self) -> dict[str, str]:

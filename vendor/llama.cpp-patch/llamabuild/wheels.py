@@ -48,11 +48,11 @@ class Wheels:
 
     def libraries(self) -> list[Path]:
         """Return the built shared libraries; on macOS ggml's modules end in .so among the .dylib."""
-        return sorted(path for path in self.binaries.glob("lib*") if path.suffix in (".so", ".dylib"))
+        return sorted(path for path in self.binaries.iterdir() if path.suffix in (".so", ".dylib", ".dll"))
 
     def tools(self) -> list[Path]:
         """Return the command-line tools that go into ``llama_cpp/bin``."""
-        return [self.binaries / name for name in TOOLS]
+        return [self.binaries / f"{name}{'.exe' if os.name == 'nt' else ''}" for name in TOOLS]
 
     def key(self, source_key: str, binaries: Sequence[Path]) -> str:
         """Return a hash over the source's key and versions, and one over the state of every binary.
@@ -117,7 +117,7 @@ class Wheels:
         """
         stages = self.stage(key, libraries, tools)
         env = os.environ | (machine.environment if machine else {})
-        if machine:
+        if machine and os.name != "nt":  # there, what debuggers read is in files of its own
             packed = [path for folder in ("lib", "bin") for path in (stages[0] / "llama_cpp" / folder).iterdir()]
             names = {path.name for path in (*libraries, *tools)}
             run([*machine.strip, *(path for path in packed if path.name in names)])
