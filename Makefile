@@ -137,7 +137,7 @@ $(VENV)/packages: pyproject.toml $(VENV)/tools
 
 # pip takes a wheel of another commit for the same: it has the same version.
 $(VENV)/wheels: dist/SHA256SUMS | $(VENV)/pyvenv.cfg
-	$(PIP) uninstall --quiet --yes trit-gguf gguf llama-cpp-python
+	$(PIP) uninstall -qq --yes trit-gguf gguf llama-cpp-python
 	$(PIP) install --find-links dist trit-gguf
 	@touch $@
 

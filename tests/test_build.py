@@ -78,7 +78,7 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def arguments(sdist: Path, patches: source.PatchSet, tree: Path) -> list[str]:
     """The options that make build.py use all of these."""
-    return ["--sdist", str(sdist), "--patch-dir", str(patches.root), "--build-dir", str(tree.parent)]
+    return ["--sdist", str(sdist), "--patch-dir", str(patches.root), "--build-dir", str(tree.parent), "--ui", "off"]
 
 
 def write(path: Path, text: str) -> None:
@@ -532,12 +532,22 @@ def test_a_failed_npm_is_named_in_one_line(npm: Path, tmp_path: Path) -> None:
         page.Page("on", tmp_path).finish(NPM_FAILED)
 
 
-def test_without_npm_there_is_no_page(npm: Path, tmp_path: Path) -> None:
-    npm.unlink()
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (None, "npm is not on PATH; install Node.js 20.19 or later"),
+        ("echo npm error code ENOTFOUND >&2; exit 1", "npm failed with status 1: npm error code ENOTFOUND; check the"),
+    ],
+)
+def test_without_npm_or_a_network_there_is_no_page(script: str | None, why: str, npm: Path, tmp_path: Path) -> None:
+    if script is None:
+        npm.unlink()
+    else:
+        npm.write_text(f"#!/bin/sh\n{script}\n")
     made = page.Page("auto", tmp_path)
     assert not made.is_wanted
-    assert made.finish("") == "llama-server's web page: none (npm is not on PATH)"
-    with pytest.raises(BuildError, match="npm not found on PATH"):
+    assert made.finish("").startswith(f"llama-server's web page: none ({why}")
+    with pytest.raises(BuildError, match=f"cannot have its web page: {why}"):
         page.Page("on", tmp_path)
 
 
@@ -545,6 +555,13 @@ def test_a_page_that_is_built_needs_no_npm(npm: Path, tmp_path: Path) -> None:
     npm.unlink()
     write(tmp_path / "tools" / "ui" / "dist" / "index.html", "<html>")
     assert page.Page("auto", tmp_path).finish("") == page.Page("on", tmp_path).finish("")
+
+
+def test_a_page_is_the_same_for_another_machine(npm: Path, tmp_path: Path) -> None:
+    npm.unlink()
+    write(tmp_path / "here" / "tools" / "ui" / "dist" / "index.html", "<html>")
+    assert page.Page("on", tmp_path / "there", tmp_path / "here").finish("") == "llama-server's web page: inside"
+    assert (tmp_path / "there" / "tools" / "ui" / "dist" / "index.html").exists()
 
 
 def test_a_page_that_is_not_wanted_does_not_stay(npm: Path, tmp_path: Path) -> None:

@@ -150,9 +150,7 @@ def build(options: argparse.Namespace) -> None:
     else:
         print("instruction sets: all variants")
 
-    page = Page(options.ui, place / "cmake")
-    if options.cross:
-        page.take(folder / "cmake")
+    page = Page(options.ui, place / "cmake", folder / "cmake" if options.cross else None)
     work = compiling.Build(place / "cmake", folder, options.python, machine.compilers, flags)
     work.configure(
         folder / "src" / source.LLAMA_CPP,

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from .page import NPM
 from .shell import BuildError, error_line, find_tool, outside_git, run
 from .toolchain import Compilers
 
@@ -90,16 +91,15 @@ class Build:
         self._cmake = find_tool("cmake", python, PIP_HINT)
         self._ninja = find_tool("ninja", python, PIP_HINT)
         flags = [*extra_flags, f"-ffile-prefix-map={root.resolve()}=."]
-        self._env = outside_git(root) | {
+        self._env = {
+            **outside_git(root),
+            **NPM,
             "CC": shlex.join(compilers.c),
             "CXX": shlex.join(compilers.cxx),
             "CFLAGS": f"{os.environ.get('CFLAGS', '')} {shlex.join(flags)}".strip(),
             "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {shlex.join(flags)}".strip(),
             "CCACHE_BASEDIR": str(root.resolve()),
             "NINJA_STATUS": "[%f/%t] ",
-            "npm_config_audit": "false",
-            "npm_config_fund": "false",
-            "npm_config_update_notifier": "false",
         }
 
     def configure(self, source: Path, arguments: Sequence[str]) -> bool:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
 
-from .shell import BuildError, error_line
+from .shell import BuildError, error_line, run
 
 CHOICES = ("auto", "on", "off")
+NPM = {
+    "npm_config_audit": "false",
+    "npm_config_fund": "false",
+    "npm_config_prefer_offline": "true",
+    "npm_config_update_notifier": "false",
+}
+"""Environment variables that keep npm from asking the network for more than it needs."""
+
 _FOLDER = Path("tools", "ui")
 _FAILURE = re.compile(r"^-- UI: (npm .*(?:failed|missing).*)$", re.MULTILINE)
 
@@ -20,34 +29,32 @@ class Page:
         is_wanted: whether CMake is to let npm build it.
     """
 
-    def __init__(self, choice: str, build: Path) -> None:
+    def __init__(self, choice: str, build: Path, other: Path | None = None) -> None:
         """Decide.
 
         Args:
-            choice: one of CHOICES; ``auto`` is ``on`` where npm is on PATH, or where the page is built already.
+            choice: one of CHOICES; ``auto`` is ``on`` where npm works, or where the page is built already.
             build: CMake's folder.
+            other: that of a build for another machine, whose page is the same.
 
         Raises:
-            BuildError: the page must be there, and npm is not.
+            BuildError: the page must be there, and npm does not work.
         """
         self._folder = build / _FOLDER
-        can_have = shutil.which("npm") is not None or self._is_built()
-        if choice == "on" and not can_have:
-            raise BuildError("npm not found on PATH; install Node.js 20.19 or later, or leave the page out: --ui off")
-        self.is_wanted = choice != "off" and can_have
         self._is_required = choice == "on"
-        self._why_not = "--ui off" if choice == "off" else "npm is not on PATH"
+        self._why_not = "--ui off"
+        if choice != "off":
+            if other is not None and not self._is_built() and (other / _FOLDER / "dist").exists():
+                shutil.copytree(other / _FOLDER / "dist", self._folder / "dist", dirs_exist_ok=True)
+            self._why_not = "" if self._is_built() else _obstacle()
+        self.is_wanted = not self._why_not
+        if self._is_required and not self.is_wanted:
+            raise BuildError(f"llama-server cannot have its web page: {self._why_not}")
         if not self.is_wanted:  # CMake takes what is there, however it came there
             shutil.rmtree(self._folder / "dist", ignore_errors=True)
 
     def _is_built(self) -> bool:
         return (self._folder / "dist" / "index.html").exists()
-
-    def take(self, build: Path) -> None:
-        """Take the page that another CMake's folder has, if there is one: it is the same for every machine."""
-        built = build / _FOLDER / "dist"
-        if self.is_wanted and not self._is_built() and (built / "index.html").exists():
-            shutil.copytree(built, self._folder / "dist", dirs_exist_ok=True)
 
     def finish(self, log: str) -> str:
         """Return a line that says whether llama-server has the page, once it is linked; remove npm's 700 MB.
@@ -72,3 +79,15 @@ class Page:
 
 def _reason(output: str) -> str:
     return error_line(output).removeprefix("--").strip().removeprefix("stderr: ")
+
+
+def _obstacle() -> str:
+    """Why npm can build nothing here; "" if it can. Without a network it would find out after minutes."""
+    npm = shutil.which("npm")
+    if npm is None:
+        return "npm is not on PATH; install Node.js 20.19 or later"
+    try:
+        run([npm, "view", "vite", "version"], env=os.environ | NPM | {"npm_config_fetch_retries": "0"})
+    except BuildError as error:
+        return f"{error}; check the network and npm's registry"
+    return ""
