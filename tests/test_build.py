@@ -10,17 +10,19 @@ import hashlib
 import io
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import build as build_script
 from llamabuild import compile as compiling
-from llamabuild import source, toolchain, wheels
+from llamabuild import page, source, toolchain, versions, wheels
 from llamabuild.shell import BuildError, error_line
 
 REPOSITORY = build_script.HERE.parent.parent
@@ -76,7 +78,7 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def arguments(sdist: Path, patches: source.PatchSet, tree: Path) -> list[str]:
     """The options that make build.py use all of these."""
-    return ["--sdist", str(sdist), "--patch-dir", str(patches.root), "--build-dir", str(tree.parent)]
+    return ["--sdist", str(sdist), "--patch-dir", str(patches.root), "--build-dir", str(tree.parent), "--ui", "off"]
 
 
 def write(path: Path, text: str) -> None:
@@ -432,6 +434,7 @@ def test_error_line(output: str, line: str) -> None:
 
 # The wheels.
 
+VERSIONS = versions.Versions("0.1.0", "0.3.36+ours", "0.19.0+ours")
 LIBRARIES = ("libggml-cpu-x64.so", "libllama.dylib")  # as on macOS: both are libraries there
 
 
@@ -441,33 +444,39 @@ def built(tmp_path: Path) -> wheels.Wheels:
     tree, binaries = tmp_path / "src", tmp_path / "bin"
     packages = (folder / "__init__.py" for folder in wheels.BINDINGS_FOLDERS)
     for path in (*wheels.BINDINGS_FILES, *packages):
-        write(tree / path, path.name)
+        write(tree / path, '__version__ = "0.3.36"\n')
+    write(tree / wheels.GGUF_PY / "pyproject.toml", '[project]\nversion = "0.19.0"\n')
     for binary in (*LIBRARIES, *wheels.TOOLS, "test-backend-ops"):
         write(binaries / binary, binary)
-    return wheels.Wheels(tree, binaries, tmp_path / "wheel", Path(sys.executable))
+    return wheels.Wheels(VERSIONS, tree, binaries, tmp_path / "wheel", Path(sys.executable))
 
 
 def test_wheel_holds_libraries_tools_and_conversion(built: wheels.Wheels) -> None:
-    stage = built.stage("key", built.libraries(), built.tools())
+    stage, _ = built.stage("key", built.libraries(), built.tools())
     assert sorted(path.name for path in (stage / "llama_cpp" / "bin").iterdir()) == sorted(wheels.TOOLS)
-    assert sorted(path.name for path in (stage / "llama_cpp" / "lib").iterdir()) == ["build.key", *LIBRARIES]
+    assert sorted(path.name for path in (stage / "llama_cpp" / "lib").iterdir()) == [
+        "build.commit",
+        "build.key",
+        *LIBRARIES,
+    ]
     assert (stage / wheels.KEY_FILE).read_text() == "key"
     assert (stage / source.LLAMA_CPP / "conversion" / "__init__.py").exists()
 
 
-def test_key_follows_source_and_binaries(built: wheels.Wheels) -> None:
+def test_key_follows_source_versions_and_binaries(built: wheels.Wheels) -> None:
     binaries = built.tools()
     keys = {built.key("one", binaries), built.key("one", binaries), built.key("two", binaries), built.key("one", [])}
+    keys.add(replace(built, versions=replace(VERSIONS, gguf="0.19.0+other")).key("one", binaries))
     write(binaries[0], "another build")
     keys.add(built.key("one", binaries))
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 def test_a_python_outside_an_environment_is_refused(built: wheels.Wheels, tmp_path: Path) -> None:
     python = tmp_path / "python"
     write(python, "#!/bin/sh\necho False\necho /nowhere\n")
     python.chmod(0o755)
-    outside = wheels.Wheels(built.source, built.binaries, built.folder, python)
+    outside = replace(built, python=python)
     with pytest.raises(BuildError, match="in no virtual environment"):
         outside.install("key")
 
@@ -485,3 +494,126 @@ def test_python_parts_are_installed_where_no_build_of_the_source_is(
     assert not built.install_python("source")
     assert built.install_python("another source")
     assert len(installed) == 2
+
+
+# The web page.
+
+NPM_FAILED = """\
+-- UI: running npm ci
+-- UI: npm ci failed (1)
+--   stderr: npm error code ENOTFOUND
+npm error network request to https://registry.npmjs.org/x failed
+"""
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program called npm, alone on PATH."""
+    program = tmp_path / "npm" / "npm"
+    write(program, "#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    return program
+
+
+def test_the_page_is_inside_where_npm_has_made_it(npm: Path, tmp_path: Path) -> None:
+    made = page.Page("auto", tmp_path)
+    assert made.is_wanted
+    write(tmp_path / "tools" / "ui" / "dist" / "index.html", "<html>")
+    write(tmp_path / "tools" / "ui" / "ui-src" / "node_modules" / "large.js", "")
+    assert made.finish("") == "llama-server's web page: inside"
+    assert not (tmp_path / "tools" / "ui" / "ui-src").exists()
+
+
+def test_a_failed_npm_is_named_in_one_line(npm: Path, tmp_path: Path) -> None:
+    line = page.Page("auto", tmp_path).finish(NPM_FAILED)
+    assert line == "llama-server's web page: none (npm ci failed (1): npm error code ENOTFOUND)"
+    with pytest.raises(BuildError, match="no web page: npm ci failed"):
+        page.Page("on", tmp_path).finish(NPM_FAILED)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (None, "npm is not on PATH; install Node.js 20.19 or later"),
+        ("echo npm error code ENOTFOUND >&2; exit 1", "npm failed with status 1: npm error code ENOTFOUND; check the"),
+    ],
+)
+def test_without_npm_or_a_network_there_is_no_page(script: str | None, why: str, npm: Path, tmp_path: Path) -> None:
+    if script is None:
+        npm.unlink()
+    else:
+        npm.write_text(f"#!/bin/sh\n{script}\n")
+    made = page.Page("auto", tmp_path)
+    assert not made.is_wanted
+    assert made.finish("").startswith(f"llama-server's web page: none ({why}")
+    with pytest.raises(BuildError, match=f"cannot have its web page: {why}"):
+        page.Page("on", tmp_path)
+
+
+def test_a_page_that_is_built_needs_no_npm(npm: Path, tmp_path: Path) -> None:
+    npm.unlink()
+    write(tmp_path / "tools" / "ui" / "dist" / "index.html", "<html>")
+    assert page.Page("auto", tmp_path).finish("") == page.Page("on", tmp_path).finish("")
+
+
+def test_a_page_is_the_same_for_another_machine(npm: Path, tmp_path: Path) -> None:
+    npm.unlink()
+    write(tmp_path / "here" / "tools" / "ui" / "dist" / "index.html", "<html>")
+    assert page.Page("on", tmp_path / "there", tmp_path / "here").finish("") == "llama-server's web page: inside"
+    assert (tmp_path / "there" / "tools" / "ui" / "dist" / "index.html").exists()
+
+
+def test_a_page_that_is_not_wanted_does_not_stay(npm: Path, tmp_path: Path) -> None:
+    write(tmp_path / "tools" / "ui" / "dist" / "index.html", "<html>")
+    made = page.Page("off", tmp_path)
+    assert not made.is_wanted
+    assert made.finish("") == "llama-server's web page: none (--ui off)"
+    assert not (tmp_path / "tools" / "ui" / "dist").exists()
+
+
+@pytest.mark.parametrize(("ui", "value"), [(True, "ON"), (False, "OFF")])
+def test_npm_is_the_only_way_to_the_page(ui: bool, value: str) -> None:
+    options = compiling.options(all_variants=True, cuda=False, commit="c", ui=ui)
+    assert {f"-DLLAMA_BUILD_UI={value}", "-DLLAMA_USE_PREBUILT_UI=OFF"} <= set(options)
+
+
+# The versions.
+
+
+def test_versions_of_the_project_are_those_of_the_pinned_source() -> None:
+    ours = versions.read()
+    assert ours.llama_cpp_python.startswith(f"{source.VERSION}+")
+    assert "+" in ours.gguf
+    assert re.fullmatch(r"[\w.+-]+", ours.label)
+
+
+def test_wheels_have_the_versions_wanted(built: wheels.Wheels) -> None:
+    bindings, gguf = built.stage("key", [], [])
+    assert (bindings / "llama_cpp" / "__init__.py").read_text() == '__version__ = "0.3.36+ours"\n'
+    assert (gguf / "pyproject.toml").read_text() == '[project]\nversion = "0.19.0+ours"\n'
+    assert "ours" not in (built.source / wheels.GGUF_PY / "pyproject.toml").read_text()
+
+
+def test_a_newer_source_wants_newer_versions(built: wheels.Wheels) -> None:
+    newer = replace(built, versions=replace(VERSIONS, llama_cpp_python="0.3.37+ours"))
+    with pytest.raises(BuildError, match=r"asks for 0\.3\.37\+ours, but __version__ in .* is 0\.3\.36"):
+        newer.stage("key", [], [])
+
+
+def test_a_project_without_a_version(tmp_path: Path) -> None:
+    write(tmp_path / "pyproject.toml", '[project]\nversion = "1"\n')
+    with pytest.raises(BuildError, match="no line has"):
+        versions.read(tmp_path / "pyproject.toml")
+
+
+def test_the_commit_of_a_repository(tmp_path: Path) -> None:
+    assert versions.commit(tmp_path) == "", "no repository"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
+    write(tmp_path / "file", "one")
+    for words in (["init", "--quiet"], ["add", "file"], ["commit", "--quiet", "-m", "one"], ["tag", "v1"]):
+        subprocess.run([*git, *words], check=True)
+    clean = versions.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12,}", clean)
+    write(tmp_path / "file", "two")
+    assert versions.commit(tmp_path) == clean + versions.DIRTY

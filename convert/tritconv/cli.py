@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from gguf import GGMLQuantizationType
 
-from tritconv import __version__
+from tritconv import extra
 from tritconv.methods import MethodName
 from tritconv.plan import Plan, TypeRule
 from tritconv.sources.source import Kind
@@ -25,6 +25,7 @@ from tritcore.errors import UsageError
 from tritcore.format import DEPTHS
 from tritcore.gguf_types import DEPTH_OF_TYPE, TRIT_TYPE
 from tritcore.reference import find_model
+from tritcore.versions import versions
 
 if TYPE_CHECKING:
     from tritconv.allocate import Budget
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tritconv.methods.imatrix import Importances
     from tritconv.methods.tune import TuneOptions
 
-app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", lambda: __version__)
+app = new_app("tritconv", "Convert language models to GGUF files with balanced-ternary weights.", versions)
 
 
 class StorageType(str, Enum):
@@ -251,6 +252,7 @@ def hf_to_gguf(
     ] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint: a local folder, or a model on the hub."""
+    extra.need("tritconv hf-to-gguf")
     from tritconv import convert, report
     from tritconv.sources import foreign_code
 
@@ -488,6 +490,7 @@ def _calibration(
         if options.memory is not None:
             raise UsageError("--memory is for calibrations: leave it out, or leave out --fast, --imatrix and --method")
         return None
+    extra.need("a calibration", otherwise="give --fast" if budget is None else "")
     from tritconv.calibration import bundled, documents
     from tritconv.calibration.context import CalibrationOptions
     from tritconv.calibration.text import TextOptions

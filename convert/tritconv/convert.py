@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-import tritconv
 from tritconv.allocate import CANDIDATES, Budget, FileSize, Losses, allocate, cheapest_outside, check
 from tritconv.encode import n_bytes
 from tritconv.methods import Method, MethodName
@@ -32,6 +31,7 @@ from tritcore.format import FORMAT_VERSION
 from tritcore.gguf_header import name_of_model, parts_of, read_model_file
 from tritcore.gguf_types import TRIT_TYPE
 from tritcore.output import Output, reserve
+from tritcore.versions import version
 
 if TYPE_CHECKING:
     from tritconv.calibration.context import CalibrationOptions, Context
@@ -350,7 +350,7 @@ def _own_metadata(source: Source, plan: Plan, method: Method | None, description
         "trit.format_version": number(FORMAT_VERSION),
         "trit.depth": number(plan.depth),
         "trit.method": text("" if method is None else method.name),
-        "trit.codec": text(f"tritconv {tritconv.__version__}"),
+        "trit.codec": text(f"tritconv {version('trit-gguf')}"),
         "trit.source": text(source.name),
         **_list_of_types(source, plan),
     }

@@ -12,13 +12,13 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, met
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
 
-import tritconv
 from tritconv.verify import faults
 from tritcore import sizes
 from tritcore.console import note, one_line, status, warning
 from tritcore.errors import TritError, UsageError
 from tritcore.files import sha256
 from tritcore.gguf_header import parts_of, read_model_file
+from tritcore.versions import version
 
 logging.set_verbosity_error()  # what matters comes back as an exception
 
@@ -150,8 +150,8 @@ def upload(uploads: Sequence[Upload], repository: Repository, message: str | Non
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
-    version = tritconv.__version__
-    api = HfApi(library_name="tritconv", library_version=version)
+    ours = version("trit-gguf")
+    api = HfApi(library_name="tritconv", library_version=ours)
     with _one_line_errors(repository):
         api.create_repo(repository.name, private=repository.private or None, exist_ok=True)
         if repository.private and not api.model_info(repository.name).private:
@@ -161,7 +161,7 @@ def upload(uploads: Sequence[Upload], repository: Repository, message: str | Non
         commit = api.create_commit(
             repository.name,
             [CommitOperationAdd(one.path.name, one.path) for one in uploads],
-            commit_message=message or f"Publish with tritconv {version}",
+            commit_message=message or f"Publish with tritconv {ours}",
             revision=repository.branch,
         )
     note(f"commit {commit.oid}")

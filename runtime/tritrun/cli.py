@@ -15,6 +15,7 @@ from tritcore.console import err, note, out
 from tritcore.errors import UsageError
 from tritcore.files import check_writable, write_text_atomically
 from tritcore.reference import find_model
+from tritcore.versions import versions
 from tritrun import listing, variants
 from tritrun.aborts import end_in_one_line
 from tritrun.bench import BenchRun
@@ -53,15 +54,9 @@ from tritrun.sampling import Sampling
 from tritrun.serve import serve as run_serve
 from tritrun.server import API_KEY, ServerOptions
 from tritrun.tools import library_folder
-from tritrun.versions import version
 from tritrun.vision import Question, answer_about_images
 
-
-def _versions() -> str:
-    return f"{version('trit-gguf')} (llama-cpp-python {version('llama-cpp-python')})"
-
-
-app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", _versions)
+app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them.", versions)
 
 
 @app.command(

@@ -19,6 +19,7 @@ from tritcore.console import err, note
 from tritcore.errors import TritError
 from tritcore.files import check_writable, sha256, sha256_of_digests
 from tritcore.gguf_header import ModelFile, name_of_model
+from tritcore.versions import version
 from tritrun import machine, variants
 from tritrun.bench import BenchRun
 from tritrun.compare_plan import Plan
@@ -32,7 +33,6 @@ from tritrun.perplexity import Measurement, Run
 from tritrun.provenance import provenance
 from tritrun.rounds import Speeds, Spread, run_round, summarize
 from tritrun.tools import find_tool, fingerprint
-from tritrun.versions import version
 
 
 @contextmanager

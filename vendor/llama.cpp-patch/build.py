@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamabuild import compile as compiling
-from llamabuild import source, toolchain
+from llamabuild import portable, source, toolchain, versions
+from llamabuild.page import CHOICES, Page
 from llamabuild.shell import BuildError
 from llamabuild.wheels import Wheels
 
@@ -67,17 +68,44 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="LIST",
         help="with --cuda: what to compile for, such as 89-real or 80;90 (default: ggml's CMakeLists.txt chooses)",
     )
+    parser.add_argument(
+        "--ui",
+        choices=CHOICES,
+        default="auto",
+        help="llama-server's web page, by npm, which fetches what it needs; auto: where npm is, and the server goes "
+        "without it if npm fails (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dist",
+        type=Path,
+        metavar="DIR",
+        help="instead of installing, make wheels here that run on other machines, with trit-gguf and checksums",
+    )
+    parser.add_argument(
+        "--cross", choices=("aarch64",), help="for Linux on another architecture, with its cross compiler"
+    )
     parser.add_argument("--target", action="append", help="build only this target, and do not install; may be repeated")
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--check-patch", action="store_true", help="only check that the series applies; keep nothing")
     stop.add_argument("--source-only", action="store_true", help="stop after patching")
+    stop.add_argument(
+        "--is-current",
+        type=Path,
+        metavar="DIR",
+        help="exit with 0 if this folder has the wheels of this commit for this machine, else with 1",
+    )
     stop.add_argument(
         "--python-only",
         action="store_true",
         help="compile nothing: install the Python parts (gguf, conversion, bindings), unless a build of this source is "
         "installed already",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.cross and options.dist is None and not options.target:
+        parser.error("what --cross makes cannot be installed here: give --dist")
+    if options.dist is not None and (options.cpu == "native" or options.cuda or options.target):
+        parser.error("--dist makes wheels for every CPU: leave out --cpu native, --cuda and --target")
+    return options
 
 
 def cpus() -> int:
@@ -104,37 +132,47 @@ def build(options: argparse.Namespace) -> None:
     print(f"source: {folder / 'src'} ({len(changed)} files changed)")
     if options.source_only:
         return
-    wheels = Wheels(folder / "src", folder / "cmake" / "bin", folder / "wheel", options.python)
+    wanted = versions.read()
+    place = folder / options.cross if options.cross else folder
+    wheels = Wheels(wanted, folder / "src", place / "cmake" / "bin", place / "wheel", options.python)
     if options.python_only:
         done = "installed" if wheels.install_python(patches.key()) else "already installed"
         print(f"{source.PACKAGE} without libraries, and gguf: {done} for {options.python}")
         return
 
-    compilers = toolchain.find_compilers()
+    machine = toolchain.cross(options.cross) if options.cross else toolchain.this_machine()
     flags: tuple[str, ...] = ()
     if options.cpu == "native":
-        isa = toolchain.probe(compilers.c)
+        isa = toolchain.probe(machine.compilers.c)
         flags = isa.extra_flags
         print(f"instruction sets announced: {' '.join(isa.announced) or 'baseline'}")
         print(f"flags: native{' ' + ' '.join(flags) + ' (AMX does not work when executed)' if flags else ''}")
     else:
         print("instruction sets: all variants")
 
-    work = compiling.Build(folder / "cmake", folder / "build.log", options.python, compilers, flags)
-    commit = f"{source.VERSION}+trit"
+    page = Page(options.ui, place / "cmake", folder / "cmake" if options.cross else None)
+    work = compiling.Build(place / "cmake", folder, options.python, machine.compilers, flags)
     work.configure(
         folder / "src" / source.LLAMA_CPP,
-        compiling.options(
-            all_variants=options.cpu == "all",
-            cuda=options.cuda,
-            commit=commit,
-            cuda_architectures=options.cuda_architectures,
-        ),
+        [
+            *machine.cmake,
+            *compiling.options(
+                all_variants=options.cpu == "all",
+                cuda=options.cuda,
+                commit=wanted.label,
+                cuda_architectures=options.cuda_architectures,
+                ui=page.is_wanted,
+            ),
+        ],
     )
     work.compile(options.target or compiling.TARGETS, options.jobs)
     if options.target:
         return
-
+    print(page.finish(work.log.read_text(encoding="utf-8")))
+    if options.dist is not None:
+        made = portable.make(options.dist, wheels, patches.key(), machine, work.variants())
+        print(f"{options.dist}: {', '.join(path.name for path in made) or 'nothing has changed'}")
+        return
     done = "installed" if wheels.install(patches.key()) else "already installed"
     print(f"{source.PACKAGE} and gguf: {done} for {options.python}")
 
@@ -142,6 +180,8 @@ def build(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = parse(arguments)
+    if options.is_current is not None:
+        return 0 if portable.is_current(options.is_current) else 1
     try:
         build(options)
     except (BuildError, OSError) as error:

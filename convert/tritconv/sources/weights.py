@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from gguf.utility import SafetensorsLocal
-from safetensors import SafetensorError, safe_open
 
 from tritconv.sources.weight_files import indexed, no_weights
 from tritcore.errors import TritError, first_line
@@ -140,6 +139,7 @@ def _check_index(index: Path, found: dict[str, Path]) -> None:
 
 def _read_safetensors(file: Path) -> LazyTensors:
     from conversion.base import LazyTorchTensor
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="np"):  # checks offsets and sizes, which the other reader trusts

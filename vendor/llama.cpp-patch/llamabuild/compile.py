@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from .page import NPM
 from .shell import BuildError, error_line, find_tool, outside_git, run
 from .toolchain import Compilers
 
@@ -23,7 +24,9 @@ TARGETS = (*LIBRARIES, *TOOLS, *TESTS)
 PIP_HINT = "pip install cmake ninja"
 
 
-def options(*, all_variants: bool, cuda: bool, commit: str, cuda_architectures: str = "") -> list[str]:
+def options(
+    *, all_variants: bool, cuda: bool, commit: str, cuda_architectures: str = "", ui: bool = False
+) -> list[str]:
     """Return CMake's -D arguments.
 
     Args:
@@ -32,6 +35,7 @@ def options(*, all_variants: bool, cuda: bool, commit: str, cuda_architectures: 
         cuda: build ggml's CUDA backend too.
         commit: what the tools print as their commit.
         cuda_architectures: what it is compiled for, as CMAKE_CUDA_ARCHITECTURES has it; empty for ggml's own choice.
+        ui: let npm build llama-server's web page.
     """
     origin = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
     values = {
@@ -52,9 +56,9 @@ def options(*, all_variants: bool, cuda: bool, commit: str, cuda_architectures: 
         "LLAMA_BUILD_SERVER": "ON",
         "LLAMA_BUILD_EXAMPLES": "OFF",
         "LLAMA_BUILD_APP": "OFF",
-        # Nothing may reach for the network, neither now nor when the tools run.
+        # Nothing but npm may reach for the network, neither now nor when the tools run.
         "LLAMA_OPENSSL": "OFF",
-        "LLAMA_BUILD_UI": "OFF",
+        "LLAMA_BUILD_UI": "ON" if ui else "OFF",
         "LLAMA_USE_PREBUILT_UI": "OFF",
     }
     if cuda:
@@ -72,18 +76,29 @@ class Build:
         log: what CMake and Ninja last wrote.
     """
 
-    def __init__(self, folder: Path, log: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]):
+    def __init__(self, folder: Path, root: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]):
+        """Prepare.
+
+        Args:
+            folder: Ninja's; the log lies beside it.
+            root: holds the source and ``folder``. Its path is in no binary, and ccache finds the files of other clones.
+            python: CMake and Ninja are beside it, or on PATH.
+            compilers: to use.
+            extra_flags: of the compilers, beyond those of CFLAGS and CXXFLAGS.
+        """
         self.folder = folder
-        self.log = log
+        self.log = folder.with_name("build.log")
         self._cmake = find_tool("cmake", python, PIP_HINT)
         self._ninja = find_tool("ninja", python, PIP_HINT)
-        self._env = outside_git(folder.parent) | {
+        flags = [*extra_flags, f"-ffile-prefix-map={root.resolve()}=."]
+        self._env = {
+            **outside_git(root),
+            **NPM,
             "CC": shlex.join(compilers.c),
             "CXX": shlex.join(compilers.cxx),
-            "CFLAGS": " ".join([os.environ.get("CFLAGS", ""), *extra_flags]).strip(),
-            "CXXFLAGS": " ".join([os.environ.get("CXXFLAGS", ""), *extra_flags]).strip(),
-            # ccache then finds the same files of a clone at another path.
-            "CCACHE_BASEDIR": str(folder.parent.resolve()),
+            "CFLAGS": f"{os.environ.get('CFLAGS', '')} {shlex.join(flags)}".strip(),
+            "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {shlex.join(flags)}".strip(),
+            "CCACHE_BASEDIR": str(root.resolve()),
             "NINJA_STATUS": "[%f/%t] ",
         }
 
@@ -140,6 +155,11 @@ class Build:
         if ninja.returncode != 0:
             sys.stderr.writelines(last)
             raise BuildError(f"the build failed: {error_line(''.join(last))}; the whole log is {self.log}")
+
+    def variants(self) -> list[str]:
+        """Return the file names of the modules with ggml's CPU code that this folder is configured for."""
+        listed = run([self._ninja, "-C", self.folder, "-t", "targets", "all"], env=self._env)
+        return sorted(set(re.findall(r"^bin/((?:lib)?ggml-cpu[^:]*\.(?:so|dll)):", listed, re.MULTILINE)))
 
 
 class Progress:

@@ -52,6 +52,54 @@ class Compilers:
     cxx: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a build is for.
+
+    Attributes:
+        name: of the architecture, as the tags of wheels have it.
+        compilers: that make code for it.
+        cmake: CMake's -D arguments, for another machine than this one.
+    """
+
+    name: str
+    compilers: Compilers
+    cmake: tuple[str, ...] = ()
+
+    @property
+    def strip(self) -> tuple[str, ...]:
+        """The command that takes from binaries what only debuggers read."""
+        program = run([*self.compilers.c, "-print-prog-name=strip"]).strip()
+        return program, "-x" if platform.system() == "Darwin" else "--strip-unneeded"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What pip and auditwheel must be told of another machine than this one."""
+        if not self.cmake:
+            return {}
+        libraries = Path(run([*self.compilers.c, "-print-file-name=libgomp.so.1"]).strip()).parent
+        return {"_PYTHON_HOST_PLATFORM": f"linux-{self.name}", "LD_LIBRARY_PATH": str(libraries)}
+
+
+def this_machine() -> Machine:
+    """Return the machine that runs this. Raises BuildError, as `find_compilers` does."""
+    return Machine(platform.machine().lower(), find_compilers())
+
+
+def cross(name: str) -> Machine:
+    """Return a Linux machine of another architecture, with the cross compilers that Debian has for it.
+
+    Raises:
+        BuildError: they are missing.
+    """
+    prefix = f"{name}-linux-gnu-"
+    for program in (f"{prefix}gcc", f"{prefix}g++"):
+        if shutil.which(program) is None:
+            raise BuildError(f"{program} not found on PATH; install it (Debian: apt install g++-{name}-linux-gnu)")
+    cmake = ("-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={name}")
+    return Machine(name, Compilers((f"{prefix}gcc",), (f"{prefix}g++",)), cmake)
+
+
 def find_compilers() -> Compilers:
     """Return the compilers of CC and CXX, or the first of the usual names on PATH.
 
