@@ -40,7 +40,7 @@ def _has_page(url: str) -> bool:
     """Whether the server has a web page; other answers, and none, count as no."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
     try:
-        connection.request("GET", "/", headers={"Accept": "text/html"})
+        connection.request("GET", "/", headers={"Accept": "text/html", "Accept-Encoding": "gzip"})  # it has no other
         return connection.getresponse().status == http.HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False
