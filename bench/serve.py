@@ -6,6 +6,7 @@ bench/serve.py MODEL.gguf --draft SMALL.gguf     each beside a server with that 
 """
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def _serving(model: Path, parallel: int, more: Sequence[object]) -> Iterator[str
                 raise TritError("the server does not start")
             yield url
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
 
 
 def _tokens_per_second(url: str, clients: int, n_tokens: int) -> float:
