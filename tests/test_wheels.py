@@ -76,9 +76,9 @@ class Installed:
         return done
 
     def start(self, program: str, *arguments: object) -> "subprocess.Popen[str]":
-        """Start a program of the environment; its stderr can be read."""
+        """Start a program of the environment; its stdout can be read."""
         command = [str(self.bin / program), *map(str, arguments)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self._environment)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self._environment)
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +110,10 @@ def test_the_demo_model_answers(installed: Installed, tmp_path: Path) -> None:
 
 
 def test_the_server_has_its_page(installed: Installed, tiny_model: Path) -> None:
-    package = installed.run("python", "-c", "import llama_cpp; print(llama_cpp.__path__[0])").stdout.strip()
-    server = installed.start(f"{package}/bin/llama-server", "--model", tiny_model, "--ctx-size", "256", "--port", "0")
+    server = installed.start("tritrun", "serve", tiny_model, "--ctx", "256", "--port", "0")
     try:
-        assert server.stderr is not None
-        url = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.]+:\d+", line)))
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
         request = urllib.request.Request(url, headers={"Accept-Encoding": "gzip"})  # it has no other form
         with urllib.request.urlopen(request, timeout=60) as page:
             assert b"<!doctype html>" in gzip.decompress(page.read())
