@@ -2,13 +2,11 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
-from functools import wraps
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from gguf import GGMLQuantizationType
@@ -19,7 +17,7 @@ from tritconv.plan import Plan, TypeRule
 from tritconv.sources.source import Kind
 from tritconv.workers import all_cores, is_first_process
 from tritcore import cache, sizes
-from tritcore.commands import examples, new_app
+from tritcore.commands import examples, new_app, with_options
 from tritcore.console import note, out, warning
 from tritcore.errors import UsageError
 from tritcore.format import DEPTHS
@@ -207,27 +205,6 @@ class ConversionOptions:
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")] = False
 
 
-def conversion(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command have the options of `ConversionOptions`, after its own argument; it gets them as `options`."""
-    hints = get_type_hints(ConversionOptions, include_extras=True)
-    shared = [
-        Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name])
-        for one in fields(ConversionOptions)
-    ]
-    own = signature(command, eval_str=True).parameters.values()
-    argument, *others = (one.replace(kind=Parameter.KEYWORD_ONLY) for one in own if one.name != "options")
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        options = ConversionOptions(**{one.name: given.pop(one.name) for one in shared})
-        command(**given, options=options)
-
-    parameters = [argument, *shared, *others]
-    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run
-
-
 @app.command(
     "hf-to-gguf",
     epilog=examples(
@@ -236,7 +213,7 @@ def conversion(command: Callable[..., None]) -> Callable[..., None]:
         "tritconv hf-to-gguf ./my-checkpoint --depth 3 --embed-type f16 -o my-model.gguf",
     ),
 )
-@conversion
+@with_options(ConversionOptions)
 def hf_to_gguf(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, or a hub id.", show_default=False)],
     options: ConversionOptions,
@@ -266,7 +243,7 @@ def hf_to_gguf(
 
 
 @app.command("gguf-to-gguf", epilog=examples("tritconv gguf-to-gguf model-F16.gguf --depth 2"))
-@conversion
+@with_options(ConversionOptions)
 def gguf_to_gguf(
     source: Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP} Of any type.", show_default=False)],
     options: ConversionOptions,

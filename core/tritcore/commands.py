@@ -1,4 +1,4 @@
-"""Behaviour that tritconv and tritrun share: errors in one line, exit codes, signals, examples in the help."""
+"""Behaviour that tritconv and tritrun share: errors in one line, exit codes, signals, examples in the help, options."""
 
 import errno
 import os
@@ -6,8 +6,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -135,3 +138,30 @@ def new_app(name: str, summary: str, version: Callable[[], str]) -> typer.Typer:
 def examples(*lines: str) -> str:
     """Text with examples for the end of a command's help."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  [cyan]{line}[/cyan]" for line in lines)])
+
+
+def with_options(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command the options that a dataclass describes.
+
+    They stand where the command has its parameter `options`, which gets an instance of that class.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    shared = [
+        Parameter(one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name])
+        for one in fields(options)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            chosen = options(**{one.name: given.pop(one.name) for one in shared})
+            command(**given, options=chosen)
+
+        parameters: list[Parameter] = []
+        for own in signature(command, eval_str=True).parameters.values():
+            parameters += shared if own.name == "options" else [own.replace(kind=Parameter.KEYWORD_ONLY)]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate

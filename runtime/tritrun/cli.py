@@ -10,7 +10,7 @@ from rich.filesize import decimal as human_size
 from rich.measure import Measurement
 from rich.table import Table
 
-from tritcore.commands import examples, new_app
+from tritcore.commands import examples, new_app, with_options
 from tritcore.console import err, note, out
 from tritcore.errors import UsageError
 from tritcore.files import check_writable, write_text_atomically
@@ -31,21 +31,7 @@ from tritrun.machine import available_memory, physical_cores
 from tritrun.memory import check_memory
 from tritrun.models import read_projector, read_text_model
 from tritrun.naming import find_labelled
-from tritrun.options import (
-    MODEL_HELP,
-    CheckOption,
-    ContextOption,
-    CpuOption,
-    DraftOption,
-    GpuLayersOption,
-    KvType,
-    KvTypeOption,
-    LoraOption,
-    MmprojOption,
-    ModelArgument,
-    ThreadsOption,
-    loading_of,
-)
+from tritrun.options import MODEL_HELP, CpuOption, LoadingOptions, ModelArgument, ThreadsOption
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
@@ -68,8 +54,10 @@ app = new_app("tritrun", "Chat with TRIT and other GGUF models, and measure them
         "git diff | tritrun chat model-TRIT3.gguf --system 'Explain.' --prompt -",
     )
 )
+@with_options(LoadingOptions)
 def chat(
     model: ModelArgument,
+    options: LoadingOptions,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this once and leave; - reads stdin."),
@@ -105,42 +93,34 @@ def chat(
         int | None,
         typer.Option(min=0, max=2**32 - 1, metavar="N", help="Gives the same answers again.", show_default="random"),
     ] = None,
-    ctx: ContextOption = None,
     max_tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Longest answer in tokens; 0 sets no limit.")] = 0,
-    threads: ThreadsOption = None,
-    cpu: CpuOption = None,
-    gpu_layers: GpuLayersOption = "auto",
-    kv_type: KvTypeOption = KvType.F16,
-    lora: LoraOption = None,
-    draft: DraftOption = None,
-    mmproj: MmprojOption = None,
     image: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="An image that --prompt is about. May be repeated.")
     ] = None,
-    check: CheckOption = True,
 ) -> None:
     """Chat with a model.
 
     Answers are streamed to stdout, everything else goes to stderr, reasoning included, which only a terminal shows.
     /help in the chat lists its commands.
     """
-    variants.force(cpu)
+    variants.force(options.cpu)
     if grammar and json_schema:
         raise UsageError("--grammar and --json-schema both say what an answer looks like: leave one of them out")
     if "" in (stop or ()):
         raise UsageError("--stop '' would end every answer: leave it out")
-    if bool(image) != bool(mmproj) or (image and prompt is None):
+    if bool(image) != bool(options.mmproj) or (image and prompt is None):
         raise UsageError("a question about images needs all of --image, --mmproj and --prompt")
     file = read_text_model(find_model(model))
-    threads = threads or physical_cores()
-    loading = loading_of(file, ctx, threads, gpu_layers, check, kv_type, lora, draft)
+    loading = options.of(file)
     rules = read_grammar(grammar) if grammar else grammar_of_schema(json_schema) if json_schema else None
     sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, presence_penalty, frequency_penalty, grammar=rules)
     question = sys.stdin.read() if prompt == "-" else prompt
-    options = ChatOptions(sampling, seed, max_tokens, tuple(stop or ()))
-    if image and mmproj and question is not None:
+    answers = ChatOptions(sampling, seed, max_tokens, tuple(stop or ()))
+    if image and options.mmproj and question is not None:
         asked = Question(question, image, system)
-        answer_about_images(file, ServerOptions(loading, mmproj=read_projector(mmproj)), asked, options, write_answer)
+        answer_about_images(
+            file, ServerOptions(loading, mmproj=read_projector(options.mmproj)), asked, answers, write_answer
+        )
         write_answer("\n")
         return
     interactive = question is None and err.is_terminal
@@ -148,13 +128,13 @@ def chat(
         note(f"loading {file.path.name} ({human_size(file.size)})")
     end_in_one_line(file.path, library_folder())
     with Engine(file, loading) as engine:
-        session = Chat(engine, options, system)
+        session = Chat(engine, answers, system)
         if question is not None:
             session.answer_once(question)
             return
         if interactive:
             about = f"{file.name}, {file.main_type}, {engine.n_ctx} tokens of context"
-            note(f"{about}, {threads} threads, {variants.in_use()}; /help lists the commands")
+            note(f"{about}, {loading.threads} threads, {variants.in_use()}; /help lists the commands")
         if not session.run() and not sys.stdin.isatty():
             raise typer.Exit(1)
 
@@ -166,41 +146,34 @@ def chat(
         "tritrun serve model-TRIT3.gguf -- --alias my-model --metrics",
     )
 )
+@with_options(LoadingOptions)
 def serve(
     model: ModelArgument,
+    options: LoadingOptions,
     others: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- OPTION...", help="Any options of llama-server.", show_default=False),
     ] = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")] = 8080,
-    ctx: ContextOption = None,
     parallel: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="Users at once, each with --ctx.")] = 4,
     api_key: Annotated[
         str | None,
         typer.Option(envvar=API_KEY, metavar="KEY", help="What clients must send.", show_default="none needed"),
     ] = None,
-    threads: ThreadsOption = None,
-    cpu: CpuOption = None,
-    gpu_layers: GpuLayersOption = "auto",
-    kv_type: KvTypeOption = KvType.F16,
-    lora: LoraOption = None,
-    draft: DraftOption = None,
-    mmproj: MmprojOption = None,
-    check: CheckOption = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the server's log.")] = False,
 ) -> None:
     """Serve a model to browsers and programs: llama.cpp's web page, and OpenAI's API for chats and embeddings.
 
     The address goes to stdout, everything else to stderr. Ctrl-C ends the server.
     """
-    variants.force(cpu)
+    variants.force(options.cpu)
     others = others or []
     if others and not others[0].startswith("-"):
         raise UsageError(f"{others[0]} is one too many: options of llama-server come after --")
     file = read_text_model(find_model(model))
-    loading = loading_of(file, ctx, threads or physical_cores(), gpu_layers, check, kv_type, lora, draft)
-    projector = read_projector(mmproj) if mmproj else None
+    loading = options.of(file)
+    projector = read_projector(options.mmproj) if options.mmproj else None
     run_serve(file, ServerOptions(loading, host, port, parallel, api_key, projector, verbose, others))
 
 

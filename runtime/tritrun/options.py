@@ -1,6 +1,7 @@
 """Options that several commands of tritrun have."""
 
 import math
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from tritcore.gguf_header import ModelFile
 from tritcore.reference import find_model
 from tritrun.llama import Adapter
 from tritrun.loading import Loading
+from tritrun.machine import physical_cores
 from tritrun.models import read_adapter, read_text_model
 
 
@@ -47,60 +49,58 @@ CpuOption = Annotated[
     typer.Option("--cpu", metavar="VARIANT", help="CPU code to use, such as haswell.", show_default="the best"),
 ]
 
-ContextOption = Annotated[
-    int | None,
-    typer.Option(min=0, max=2**24, metavar="N", help="Context in tokens; 0: the model's.", show_default="up to 4096"),
-]
-GpuLayersOption = Annotated[
-    str,
-    typer.Option(
-        metavar="N", help="Layers to keep on a GPU: a number, all, or auto for what fits.", callback=_gpu_layers
-    ),
-]
-CheckOption = Annotated[
-    bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
-]
-KvTypeOption = Annotated[KvType, typer.Option("--kv-type", help="Type of the key-value cache.")]
-LoraOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter in GGUF. May be repeated.", show_default=False
-    ),
-]
-MmprojOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The part of the model that sees or hears, in GGUF.")
-]
-DraftOption = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="A smaller model of the same family, which guesses tokens."),
-]
 
+@dataclass(frozen=True)
+class LoadingOptions:
+    """Options of the commands that load a model to answer."""
 
-def loading_of(
-    model: ModelFile,
-    n_ctx: int | None,
-    threads: int,
-    gpu_layers: str,
-    check: bool,
-    kv_type: KvType,
-    adapters: list[str] | None,
-    draft: str | None,
-) -> Loading:
-    """How to load `model`, by the options of a command.
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=2**24, metavar="N", help="Context in tokens; 0: the model's.", show_default="up to 4096"
+        ),
+    ] = None
+    threads: ThreadsOption = None
+    cpu: CpuOption = None
+    gpu_layers: Annotated[
+        str,
+        typer.Option(
+            metavar="N", help="Layers to keep on a GPU: a number, all, or auto for what fits.", callback=_gpu_layers
+        ),
+    ] = "auto"
+    kv_type: Annotated[KvType, typer.Option("--kv-type", help="Type of the key-value cache.")] = KvType.F16
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter in GGUF. May be repeated.", show_default=False
+        ),
+    ] = None
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A smaller model of the same family, which guesses tokens.")
+    ] = None
+    mmproj: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The part of the model that sees or hears, in GGUF.")
+    ] = None
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
+    ] = True
 
-    Raises:
-        TritError: an adapter or the model that guesses is not there, or is something else.
-        UsageError: an adapter is not of the form FILE or FILE=SCALE.
-    """
-    return Loading(
-        n_ctx,
-        threads,
-        gpu_layers,
-        check,
-        GGMLQuantizationType[kv_type.name],
-        tuple(_adapter(text, model) for text in adapters or ()),
-        read_text_model(find_model(draft)) if draft else None,
-    )
+    def of(self, model: ModelFile) -> Loading:
+        """How to load `model`.
+
+        Raises:
+            TritError: an adapter or the model that guesses is not there, or is something else.
+            UsageError: an adapter is not of the form FILE or FILE=SCALE.
+        """
+        return Loading(
+            self.ctx,
+            self.threads or physical_cores(),
+            self.gpu_layers,
+            self.check,
+            GGMLQuantizationType[self.kv_type.name],
+            tuple(_adapter(text, model) for text in self.lora or ()),
+            read_text_model(find_model(self.draft)) if self.draft else None,
+        )
 
 
 def _adapter(text: str, model: ModelFile) -> Adapter:
