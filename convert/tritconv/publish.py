@@ -18,6 +18,7 @@ from tritcore.console import note, one_line, status, warning
 from tritcore.errors import TritError, UsageError
 from tritcore.files import sha256
 from tritcore.gguf_header import parts_of, read_model_file
+from tritcore.repository import CARD_KEYS
 from tritcore.versions import version
 
 logging.set_verbosity_error()  # what matters comes back as an exception
@@ -25,7 +26,6 @@ logging.set_verbosity_error()  # what matters comes back as an exception
 _CARD = "README.md"
 _SUFFIXES = (".gguf", ".json", ".png", ".svg", ".txt")
 _LEGAL = ("LICENSE", "NOTICE")  # how names of files begin that belong to the weights
-_NEEDED = ("license", "base_model")  # in the header of a card
 _NO_PERMISSION = (401, 403, 404)  # the hub tells who may not see a repository that there is none
 _MAX_SHOWN = 300  # characters of an error
 
@@ -126,7 +126,7 @@ def _check_card(path: Path) -> None:
         header = metadata_load(path) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise TritError(f"{path}: its header cannot be read: {one_line(error)[:_MAX_SHOWN]}") from error
-    if missing := [key for key in _NEEDED if not header.get(key)]:
+    if missing := [key for key in CARD_KEYS if not header.get(key)]:
         raise TritError(f"{path} has no {' and no '.join(missing)}: add it to the header, between two lines of ---")
 
 

@@ -4,9 +4,10 @@ import os
 import re
 from pathlib import Path
 
-_NAME = r"[A-Za-z0-9_][\w.-]*"
+from tritcore.repository import REPO_ID
+
 _REFERENCE = re.compile(
-    rf"(?P<repo>{_NAME}/{_NAME}(?<!\.gguf))(?:/(?P<file>[^\\]+\.gguf)|:(?P<type>[\w.-]+))?"
+    rf"(?P<repo>{REPO_ID}(?<!\.gguf))(?:/(?P<file>[^\\]+\.gguf)|:(?P<type>[\w.-]+))?"
     r"(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?",
     re.ASCII | re.IGNORECASE,
 )

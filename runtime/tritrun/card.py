@@ -17,6 +17,7 @@ from rich.filesize import decimal as human_size
 from tritcore.console import note
 from tritcore.errors import TritError
 from tritcore.files import write_text_atomically
+from tritcore.repository import CARD_KEYS
 from tritrun.charts import as_svg, charts_of
 from tritrun.comparison import Comparison, Conditions, Row, contents
 from tritrun.models import read_text_model
@@ -28,7 +29,6 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
 _TAG = re.compile(r"[\w.+-]{1,50}", re.ASCII)
 _OWN_TAGS = ("gguf", "trit", "ternary")
 _FOREIGN_TAGS = ("safetensors", "pytorch", "transformers", "text-generation")  # not so here, or said elsewhere
-_NEEDED = ("license", "base_model")  # to publish a card
 _NO_QUALITY = ("speed", "machine", "threads")  # facts on a measurement that no figure of a card depends on
 
 # Whatever Markdown, HTML or a table could take for markup. An underscore in a word is none; the last two make links.
@@ -78,7 +78,7 @@ def write_card(comparison: Comparison, path: Path, options: CardOptions) -> None
         write_text_atomically(chart, as_svg(comparison))
     write_text_atomically(path, as_card(comparison, options, chart.name if chart else None))
     header = dict(_header(_published(comparison), options))
-    if missing := [key for key in _NEEDED if key not in header]:
+    if missing := [key for key in CARD_KEYS if key not in header]:
         note(f"{path}: the files name no {' and no '.join(missing)}: add it to the header of the card")
 
 

@@ -15,6 +15,7 @@ from tritcore.console import err, note, out
 from tritcore.errors import UsageError
 from tritcore.files import check_writable, write_text_atomically
 from tritcore.reference import find_model
+from tritcore.repository import is_repo_id
 from tritcore.versions import versions
 from tritrun import listing, variants
 from tritrun.aborts import end_in_one_line
@@ -35,7 +36,6 @@ from tritrun.options import MODEL_HELP, CpuOption, LoadingOptions, ModelArgument
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
-from tritrun.provenance import is_repo_id
 from tritrun.sampling import Sampling
 from tritrun.serve import serve as run_serve
 from tritrun.server import API_KEY, ServerOptions

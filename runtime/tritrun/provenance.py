@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tritcore.gguf_header import ModelFile, raw_values
+from tritcore.repository import REPO_ID, is_repo_id
 from tritrun.naming import clean_name, clean_text
 
 _LONGEST_TEXT = 300  # characters that are kept
 _LONGEST_LIST = 64  # elements that are kept
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_REPO_URL = re.compile(rf"https://huggingface\.co/({_REPO_ID.pattern})/?", re.ASCII)
+_REPO_URL = re.compile(rf"https://huggingface\.co/({REPO_ID})/?", re.ASCII)
 _LINK = re.compile(r"https://[\w./%~+-]{1,200}", re.ASCII)
 
 
@@ -39,11 +39,6 @@ class Provenance:
     revision: str | None = None
     codec: str | None = None
     calibration: tuple[str, ...] = ()
-
-
-def is_repo_id(text: str) -> bool:
-    """Whether a text has the form of a repository on the hub, such as org/name."""
-    return _REPO_ID.fullmatch(text) is not None
 
 
 def provenance(model: ModelFile) -> Provenance:

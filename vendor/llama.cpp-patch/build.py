@@ -151,9 +151,11 @@ def build(options: argparse.Namespace) -> None:
         print("instruction sets: all variants")
 
     page = Page(options.ui, place / "cmake", folder / "cmake" if options.cross else None)
-    work = compiling.Build(place / "cmake", folder, options.python, machine.compilers, flags)
+    tree = folder / "src" / source.LLAMA_CPP
+    header = tree / "cmake" / "old-libstdcxx.h" if sys.platform == "linux" else None
+    work = compiling.Build(place / "cmake", folder, options.python, machine.compilers, flags, header)
     work.configure(
-        folder / "src" / source.LLAMA_CPP,
+        tree,
         [
             *machine.cmake,
             *compiling.options(

@@ -76,7 +76,15 @@ class Build:
         log: what CMake and Ninja last wrote.
     """
 
-    def __init__(self, folder: Path, root: Path, python: Path, compilers: Compilers, extra_flags: Sequence[str]):
+    def __init__(
+        self,
+        folder: Path,
+        root: Path,
+        python: Path,
+        compilers: Compilers,
+        extra_flags: Sequence[str],
+        cxx_header: Path | None = None,
+    ):
         """Prepare.
 
         Args:
@@ -85,19 +93,21 @@ class Build:
             python: CMake and Ninja are beside it, or on PATH.
             compilers: to use.
             extra_flags: of the compilers, beyond those of CFLAGS and CXXFLAGS.
+            cxx_header: is included before every C++ file; below ``root`` too.
         """
         self.folder = folder
         self.log = folder.with_name("build.log")
         self._cmake = find_tool("cmake", python, PIP_HINT)
         self._ninja = find_tool("ninja", python, PIP_HINT)
         flags = [*extra_flags, f"-ffile-prefix-map={root.resolve()}=."]
+        cxx_flags = [*flags, *(["-include", str(cxx_header)] if cxx_header else [])]
         self._env = {
             **outside_git(root),
             **NPM,
             "CC": shlex.join(compilers.c),
             "CXX": shlex.join(compilers.cxx),
             "CFLAGS": f"{os.environ.get('CFLAGS', '')} {shlex.join(flags)}".strip(),
-            "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {shlex.join(flags)}".strip(),
+            "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {shlex.join(cxx_flags)}".strip(),
             "CCACHE_BASEDIR": str(root.resolve()),
             "NINJA_STATUS": "[%f/%t] ",
         }
