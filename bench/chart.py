@@ -86,7 +86,8 @@ def draw(title: str, runs: Sequence[Run]) -> str:
 
 
 def _panel(run: Run, phase: str) -> Iterable[str]:
-    bits = {name: file["bits_per_weight"] for name, file in run.files.items()}
+    known = ((name, file["bits_per_weight"]) for name, file in run.files.items())
+    bits: dict[str, float] = {name: value for name, value in known if value is not None}
     speeds = {name: run.speed(name, phase) for name in bits}
     right, bottom = _PANEL_WIDTH - _RIGHT, _PANEL_HEIGHT - _BOTTOM
     first, last = floor(min(bits.values())), ceil(max(bits.values())) + 1

@@ -100,6 +100,12 @@ class Contestant:
     bits_per_weight: float
     contents: dict[str, float]
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What is read of the file for a token: all but embeddings that are not the output matrix too."""
+        n_bytes = {tensor.name: tensor.n_bytes for tensor in self.file.tensors}
+        return sum(n_bytes.values()) - (n_bytes["token_embd.weight"] if "output.weight" in n_bytes else 0)
+
 
 def prepare(model: Model, types: Iterable[WeightType], folder: Path, threads: int) -> list[Contestant]:
     """The files of a model, made by llama-quantize where they are not in `folder`.

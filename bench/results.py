@@ -39,8 +39,10 @@ class Run:
 
     Attributes:
         commit: of this repository, when the first round began.
-        files: type -> its contestant's path-free facts: n_bytes, bits_per_weight, contents.
-        rounds: each with the time it began ("date") and its "speeds", in the order they were measured.
+        files: type -> its contestant's path-free facts: n_bytes, bytes_per_token, bits_per_weight, contents; or label
+            of another engine -> n_bytes, command, the program's digest, and None as bits_per_weight.
+        rounds: each with the time it began ("date"), the "bandwidth" of the memory in bytes per second, and its
+            "speeds", in the order they were measured.
     """
 
     settings: Settings
@@ -51,6 +53,15 @@ class Run:
     def speed(self, name: str, phase: str) -> Spread:
         """Tokens per second of a type."""
         return spread(one["speeds"][name][phase] for one in self.rounds)
+
+    def bandwidth(self) -> Spread:
+        """Bytes per second that threads read which do nothing else."""
+        return spread(one["bandwidth"] for one in self.rounds)
+
+    def read_rate(self, name: str) -> Spread | None:
+        """Bytes of weights per second while tokens are decoded; None where it is not known what is read."""
+        n_bytes = self.files[name].get("bytes_per_token")
+        return None if n_bytes is None else spread(n_bytes * one["speeds"][name]["decode"] for one in self.rounds)
 
     def ratio(self, ours: str, peer: str, phase: str) -> Spread:
         """Of the speeds of two types."""
@@ -68,7 +79,7 @@ def read_rounds(path: Path, settings: Settings, files: dict[str, dict[str, Any]]
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["settings"] != asdict(settings) or any(report["files"].get(name) != files[name] for name in files):
             return []
-        return [one for one in report["rounds"] if files.keys() <= one["speeds"].keys()]
+        return [one for one in report["rounds"] if files.keys() <= one["speeds"].keys() and one["bandwidth"] > 0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # none, or one of an older layout
 
@@ -85,14 +96,18 @@ class Target:
 
 
 TARGETS = (
-    Target("decode", "TRIT2", "Q4_K", 1.10),
+    Target("decode", "TRIT2", "Q4_0", 1.10, models=("llama-1b",)),
+    Target("decode", "TRIT3", "Q4_0", 0.85, models=("llama-1b",)),
+    Target("decode", "TRIT1", "Q4_0", 1.4, models=("llama-1b",)),
+    Target("decode", "TRIT2", "Q4_K", 1.6, models=("llama-1b",)),
     Target("decode", "TRIT2", "Q3_K", 1.30),
     Target("decode", "TRIT2", "IQ3_S", 2.0),
     Target("decode", "TRIT3", "Q5_K", 1.25),
     Target("decode", "TRIT4", "Q6_K", 0.95),
     Target("decode", "TRIT1", "TQ2_0", 0.90),
     Target("prompt", "TRIT2", "Q4_K", 1.2),
-    Target("prompt", "TRIT2", "IQ4_XS", 0.95),
+    Target("prompt", "TRIT2", "Q4_0", 1.1),
+    Target("prompt", "TRIT2", "IQ4_XS", 1.1),
     Target("prompt", "TRIT3", "Q5_K", 0.95),
     Target("decode", "TRIT2", "Q3_K_M", 1.2, models=("qwen2-0.5b",)),
     Target("prompt", "TRIT2", "Q3_K_M", 1.2, models=("qwen2-0.5b",)),

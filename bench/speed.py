@@ -1,23 +1,27 @@
 #!/usr/bin/env python3
 """How fast llama.cpp reads a prompt and writes an answer, for every TRIT type and the types it competes with.
 
-Each round runs llama-bench once on every file, in an order that rotates. Medians, ratios and verdicts are printed;
-samples go to a JSON file for each model and instruction set, after each round; a chart for each model. An
-interrupted run goes on where it was, as long as programs and settings are the same.
+Each round runs llama-bench once on every file, in an order that rotates, and measures how fast memory can be read.
+Medians, ratios and verdicts are printed; samples go to a JSON file for each model and instruction set, after each
+round; a chart for each model. An interrupted run goes on where it was, as long as programs and settings are the same.
 """
 
 import argparse
 import datetime
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal as human_size
+from rich.markup import escape
 from rich.table import Table
 
+import bandwidth
 import chart
+import engine
 import results
 from command import exit_status
 from contestants import DEFAULT_MODELS, MODELS, TYPES, Contestant, prepare
@@ -63,6 +67,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="variant of ggml-cpu, such as haswell for AVX2; may be repeated (default: the best)",
     )
+    parser.add_argument(
+        "--engine",
+        action="append",
+        metavar="LABEL=COMMAND",
+        help="llama-bench of another engine: 'fork IQ3_K=/opt/fork/llama-bench -m IQ3_K.gguf'; may be repeated",
+    )
     parser.add_argument("--rounds", type=_positive, metavar="N", help=f"(default: {_FULL['rounds']})")
     parser.add_argument(
         "--prompt-tokens", "-p", type=_positive, metavar="N", help=f"(default: {_FULL['prompt_tokens']})"
@@ -84,6 +94,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             setattr(options, name, value)
     options.models = _chosen(parser, "--models", options.models, MODELS)
     options.types = _chosen(parser, "--types", options.types, TYPES)
+    try:
+        options.engines = [engine.parse(text) for text in options.engine or []]
+    except ValueError as error:
+        parser.error(f"--engine: {error}")
+    labels = [*TYPES, *(one.label for one in options.engines)]
+    if len(set(labels)) < len(labels):
+        parser.error("--engine: each needs a label of its own, which is no name of a type")
     options.cpu = list(dict.fromkeys(options.cpu or []))
     options.threads = options.threads or physical_cores()
     options.cache = options.cache or BUILD / "bench" / "models"
@@ -105,16 +122,17 @@ def _chosen(parser: argparse.ArgumentParser, option: str, names: str, known: dic
     return [known[name] for name in dict.fromkeys(chosen)]
 
 
-def measure(run: results.Run, contestants: Sequence[Contestant], rounds: int, report: Path) -> None:
+def measure(run: results.Run, tests: Mapping[str, Callable[[], dict[str, float]]], rounds: int, report: Path) -> None:
     """Add rounds to `run` until it has `rounds`; write `report` after each."""
     settings = run.settings
-    bench = BenchRun(settings.prompt_tokens, settings.answer_tokens, 1, settings.threads, cpu_only=True)
+    reader = bandwidth.build()
     while len(run.rounds) < rounds:
         number = len(run.rounds)
         date = datetime.datetime.now(datetime.timezone.utc)
         start = time.monotonic()
-        speeds = run_round(bench, {contestant.type: contestant.file for contestant in contestants}, number)
-        run.rounds.append({"date": date.isoformat(timespec="seconds"), "speeds": speeds})
+        memory = bandwidth.measure(reader, settings.threads)
+        speeds = run_round(tests, number)
+        run.rounds.append({"date": date.isoformat(timespec="seconds"), "bandwidth": memory, "speeds": speeds})
         write_text_atomically(report, run.as_json())
         seconds = time.monotonic() - start
         note(f"{settings.model}, CPU {settings.cpu}: round {number + 1} of {rounds} took {seconds:.0f} s")
@@ -126,20 +144,23 @@ def speed_table(run: results.Run, title: str) -> Table:
     table = Table(
         title=f"{title}; CPU {settings.cpu}",
         caption=f"tokens/s: median (range) of {len(run.rounds)} rounds, {settings.threads} threads; answer of "
-        f"{settings.answer_tokens} tokens, prompt of {settings.prompt_tokens}",
+        f"{settings.answer_tokens} tokens, prompt of {settings.prompt_tokens}; GB/s: of weights while decoding, where "
+        f"threads that only read get {run.bandwidth().median / 1e9:.1f}",
     )
-    table.add_column("type")
+    table.add_column("type", min_width=8)
     table.add_column("layers hold")
-    for heading in ("bpw", "file", *PHASES):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("bpw", "file", *PHASES, "GB/s"):
+        table.add_column(heading, justify="right")
     for name, file in run.files.items():
+        bits, rate = file["bits_per_weight"], run.read_rate(name)
         table.add_row(
-            name,
-            ", ".join(f"{inside} {share:.0%}" for inside, share in file["contents"].items()),
-            f"{file['bits_per_weight']:.2f}",
+            escape(name),
+            ", ".join(f"{inside} {share:.0%}" for inside, share in file.get("contents", {}).items()),
+            "" if bits is None else f"{bits:.2f}",
             human_size(file["n_bytes"]),
             *(run.speed(name, phase).format(1) for phase in PHASES),
-            style="bold" if TYPES[name].is_ours else None,
+            "" if rate is None else f"{rate.median / 1e9:.1f}",
+            style="bold" if name.startswith("TRIT") else None,
         )
     return table
 
@@ -168,14 +189,16 @@ def ratio_table(run: results.Run) -> Table:
 
 
 def _run(model: str, cpu: str, contestants: Sequence[Contestant], options: argparse.Namespace) -> results.Run:
-    files = {
+    files: dict[str, dict[str, Any]] = {
         contestant.type: {
             "n_bytes": contestant.file.size,
+            "bytes_per_token": contestant.bytes_per_token,
             "bits_per_weight": contestant.bits_per_weight,
             "contents": contestant.contents,
         }
         for contestant in contestants
     }
+    files |= {one.label: one.facts() for one in options.engines}
     settings = results.Settings(
         model, cpu, options.prompt_tokens, options.answer_tokens, options.threads, fingerprint(), machine()
     )
@@ -184,7 +207,14 @@ def _run(model: str, cpu: str, contestants: Sequence[Contestant], options: argpa
     if earlier:
         note(f"{path} has {len(earlier)} rounds of these programs; --again forgets them")
     run = results.Run(settings, commit(), files, earlier)
-    measure(run, contestants, options.rounds, path)
+    bench = BenchRun(options.prompt_tokens, options.answer_tokens, 1, options.threads, cpu_only=True)
+
+    def test(contestant: Contestant) -> dict[str, float]:
+        return bench.measure(contestant.file).by_phase
+
+    tests = {one.type: partial(test, one) for one in contestants}
+    tests |= {one.label: partial(one.measure, bench) for one in options.engines}
+    measure(run, tests, options.rounds, path)
     return run
 
 

@@ -10,6 +10,7 @@ import pytest
 from checkpoints import logits
 
 import contestants
+import engine
 import micro
 import results
 import speed
@@ -19,6 +20,8 @@ from random_model import Shape, write_random_model
 from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 from tritrun import variants
+from tritrun.bench import BenchRun
+from tritrun.tools import find_tool
 
 LLAMA = Shape("llama", 256, 512, layers=2, heads=4, kv_heads=4, vocabulary=300, tied=False)
 QWEN2 = Shape("qwen2", 192, 320, layers=1, heads=3, kv_heads=1, vocabulary=300, tied=True)
@@ -103,7 +106,10 @@ def _run(speeds: dict[str, list[float]], cpu: str = variants.NATIVE, model: str 
     """A run whose decode speeds are `speeds` and whose prompt speeds are ten times that."""
     files = {name: {"n_bytes": 1, "bits_per_weight": 2.0 + i, "contents": {name: 1.0}} for i, name in enumerate(speeds)}
     rounds = [
-        {"speeds": {name: {"decode": value, "prompt": 10 * value} for name, value in zip(speeds, values, strict=True)}}
+        {
+            "bandwidth": 1e9,
+            "speeds": {n: {"decode": value, "prompt": 10 * value} for n, value in zip(speeds, values, strict=True)},
+        }
         for values in zip(*speeds.values(), strict=True)
     ]
     return results.Run(results.Settings(model, cpu, 512, 64, 2, "key", {}), "commit", files, rounds)
@@ -182,12 +188,47 @@ def test_speed_measures_and_goes_on(
     saved = json.loads(report.read_text())
     assert saved["rounds"][0] == first
     assert [list(one["speeds"]) for one in saved["rounds"]] == [["TRIT2", "Q4_K", "Q3_K"], ["Q4_K", "Q3_K", "TRIT2"]]
+    assert all(1e8 < one["bandwidth"] < 1e13 for one in saved["rounds"])
     figures = [value for one in saved["rounds"] for speeds in one["speeds"].values() for value in speeds.values()]
     assert len(figures) == 2 * 3 * 2
     assert min(figures) > 0
     assert saved["medians"]["Q4_K"]["decode"] == np.median([one["speeds"]["Q4_K"]["decode"] for one in saved["rounds"]])
     ElementTree.parse(tmp_path / "out" / "speed-tiny.svg")
-    assert "decode TRIT2 / Q3_K" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "decode TRIT2 / Q3_K" in printed
+    assert "GB/s" in printed
+
+
+@pytest.mark.build
+def test_another_engine_in_the_same_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        contestants.MODELS, "tiny", contestants.Model("tiny", "tiny", lambda path: write_random_model(path, LLAMA))
+    )
+    model = write_random_model(tmp_path / "other.gguf", LLAMA)
+    words = ["--models", "tiny", "--types", "TRIT2", "-p", "8", "-n", "2", "-t", "1", "--rounds", "2"]
+    words += ["-o", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    words += ["--engine", f"fork F16={find_tool('llama-bench')} -m {model} -ngl 0"]
+    speed.report(speed.parse(words))
+    saved = json.loads((tmp_path / "out" / f"speed-tiny-{variants.in_use()}.json").read_text())
+    assert [list(one["speeds"]) for one in saved["rounds"]] == [["TRIT2", "fork F16"], ["fork F16", "TRIT2"]]
+    assert all(one["speeds"]["fork F16"]["prompt"] > 0 for one in saved["rounds"])
+    assert "fork F16" in capsys.readouterr().out
+
+    broken = engine.parse(f"fork={find_tool('llama-bench')} -m {tmp_path / 'missing.gguf'}")
+    with pytest.raises(TritError, match="fork"):
+        broken.measure(BenchRun(8, 2, 1, 1, cpu_only=True))
+
+
+@pytest.mark.parametrize(
+    "text", ["a fork", "=true -m x", "fork=true x", "fork=true -m", "fork=no-such-program -m x", "TRIT2=true -m x y"]
+)
+def test_wrong_engines(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        speed.parse(["--engine", text])
+    assert stop.value.code == 2
+    assert "--engine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--types", "Q9_K"], ["--models", "gpt"], ["--rounds", "0"], ["--threads", "-1"]])

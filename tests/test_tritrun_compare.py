@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 from tiny_gguf import write_tiny_model
 from typer.testing import CliRunner, Result
 
-from tritcore.gguf_header import ModelFile, Value, read_model_file
+from tritcore.gguf_header import Value, read_model_file
 from tritrun import rounds
-from tritrun.bench import Benchmark, BenchRun, Speed
+from tritrun.bench import BenchRun
 from tritrun.cli import app
 from tritrun.comparison import STAND_IN_BITS, STAND_IN_TYPE, contents
 from tritrun.machine import describe
@@ -205,18 +206,15 @@ def test_a_damaged_result_is_measured_again(
     assert len(calls) == 1
 
 
-def test_rounds_begin_with_another_file_each(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = read_model_file(good)
+def test_rounds_begin_with_another_test_each() -> None:
     order: list[str] = []
 
-    def measure(_: BenchRun, model: ModelFile) -> Benchmark:
-        order.append(model.path.name)
-        speed = Speed(float(len(order)), 0.0)
-        return Benchmark(model, prompt=speed, answer=speed)
+    def test(name: str) -> dict[str, float]:
+        order.append(name)
+        return dict.fromkeys(rounds.PHASES, float(len(order)))
 
-    monkeypatch.setattr(BenchRun, "measure", measure)
-    files = {name: replace(file, path=Path(name)) for name in "abc"}
-    done = [rounds.run_round(BenchRun(1, 1, 1, 1), files, number) for number in range(2)]
+    tests = {name: partial(test, name) for name in "abc"}
+    done = [rounds.run_round(tests, number) for number in range(2)]
     assert "".join(order) == "abcbca"
     assert rounds.summarize(done, "a")["decode"] == (3.5, 1.0, 6.0)
 

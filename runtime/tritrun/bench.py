@@ -38,6 +38,11 @@ class Benchmark:
     prompt: Speed
     answer: Speed
 
+    @property
+    def by_phase(self) -> dict[str, float]:
+        """Mean tokens per second of writing an answer ("decode") and of reading a prompt ("prompt")."""
+        return {"decode": self.answer.mean, "prompt": self.prompt.mean}
+
 
 @dataclass(frozen=True)
 class BenchRun:
@@ -53,15 +58,20 @@ class BenchRun:
     threads: int
     cpu_only: bool = False
 
+    def arguments(self) -> list[str]:
+        """The options of llama-bench that say so; those of forks are the same."""
+        return [
+            *("-o", "json", "-p", str(self.prompt_tokens), "-n", str(self.answer_tokens)),
+            *("-r", str(self.repetitions), "-t", str(self.threads)),
+        ]
+
     def measure(self, model: ModelFile) -> Benchmark:
         """Run llama-bench on `model`.
 
         Raises:
             TritError: the tool fails.
         """
-        arguments = ["-m", str(model.path), "-o", "json", "--progress"]
-        arguments += ["-p", str(self.prompt_tokens), "-n", str(self.answer_tokens)]
-        arguments += ["-r", str(self.repetitions), "-t", str(self.threads)]
+        arguments = ["-m", str(model.path), *self.arguments(), "--progress"]
         if self.cpu_only:
             arguments += ["-dev", "none", "-ngl", "0"]
         output: list[str] = []
@@ -78,7 +88,10 @@ class BenchRun:
             # The program swallows llama.cpp's own reason for not loading a file.
             reason = refusal(model.path) if _NOT_LOADED in finished.reason else None
             raise TritError(f"{model.path}: {_TOOL}: {reason or finished.reason}")
-        return _benchmark(model, "".join(output))
+        try:
+            return Benchmark(model, *read_speeds("".join(output)))
+        except ValueError as error:
+            raise TritError(f"{model.path}: {_TOOL} printed something unexpected: {error}") from error
 
     def as_table(self, benchmarks: Iterable[Benchmark]) -> Table:
         """All models in one table."""
@@ -102,12 +115,16 @@ class BenchRun:
         return table
 
 
-def _benchmark(model: ModelFile, output: str) -> Benchmark:
-    """Read llama-bench's JSON: one test with prompt tokens only, one with answer tokens only."""
+def read_speeds(output: str) -> tuple[Speed, Speed]:
+    """The speeds of the prompt and of the answer in llama-bench's JSON, which has a test of either.
+
+    Raises:
+        ValueError: it is something else.
+    """
     try:
         speeds = {
             test["n_gen"] > 0: Speed(float(test["avg_ts"]), float(test["stddev_ts"])) for test in json.loads(output)
         }
-        return Benchmark(model, prompt=speeds[False], answer=speeds[True])
+        return speeds[False], speeds[True]
     except (ValueError, TypeError, KeyError) as error:
-        raise TritError(f"{model.path}: {_TOOL} printed something unexpected: {error!r}") from error
+        raise ValueError(repr(error)) from error

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.filesize import decimal as human_size
@@ -209,8 +210,13 @@ class _Compare:
         earlier = self._kept.load("speed", key) or []
         rounds: list[Speeds] = [speeds for speeds in earlier if by_digest.keys() <= speeds.keys()]
         bench = BenchRun(plan.speed.prompt_tokens, plan.speed.answer_tokens, 1, plan.threads)
+
+        def test(file: ModelFile) -> dict[str, float]:
+            return bench.measure(file).by_phase
+
+        tests = {digest: partial(test, file) for digest, file in by_digest.items()}
         while len(rounds) < plan.speed.rounds:
-            rounds.append(run_round(bench, by_digest, len(rounds)))
+            rounds.append(run_round(tests, len(rounds)))
             self._kept.store("speed", key, rounds)
             note(f"speed: round {len(rounds)} of {plan.speed.rounds}")
         return {label: summarize(rounds, digest) for label, digest in digests.items()}

@@ -3,15 +3,12 @@ speed meets all of them; medians and ranges over the rounds.
 """
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
-
-from tritcore.gguf_header import ModelFile
-from tritrun.bench import BenchRun
 
 PHASES = ("decode", "prompt")
 
-Speeds = dict[str, dict[str, float]]  # name of a file -> phase -> tokens per second
+Speeds = dict[str, dict[str, float]]  # name of a test -> phase -> tokens per second
 
 
 class Spread(NamedTuple):
@@ -32,22 +29,21 @@ def spread(figures: Iterable[float]) -> Spread:
     return Spread(statistics.median(figures), min(figures), max(figures))
 
 
-def run_round(bench: BenchRun, files: Mapping[str, ModelFile], number: int) -> Speeds:
-    """Measure every file once; the file that comes first changes with the number of the round.
+def run_round(tests: Mapping[str, Callable[[], dict[str, float]]], number: int) -> Speeds:
+    """Run every test once; the one that comes first changes with the number of the round.
+
+    Args:
+        tests: by name; each gives tokens per second of each phase.
 
     Raises:
-        TritError: llama-bench fails.
+        TritError: a test fails.
     """
-    names = list(files)
+    names = list(tests)
     turn = number % len(names)
-    speeds: Speeds = {}
-    for name in [*names[turn:], *names[:turn]]:
-        result = bench.measure(files[name])
-        speeds[name] = {"decode": result.answer.mean, "prompt": result.prompt.mean}
-    return speeds
+    return {name: tests[name]() for name in [*names[turn:], *names[:turn]]}
 
 
 def summarize(rounds: Iterable[Speeds], name: str) -> dict[str, Spread]:
-    """Speed of one file in each phase."""
+    """Speed of one test in each phase."""
     rounds = list(rounds)
     return {phase: spread(speeds[name][phase] for speeds in rounds) for phase in PHASES}
