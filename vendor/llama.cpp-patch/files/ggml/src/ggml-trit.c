@@ -18,115 +18,154 @@ const float   ggml_trit_anchor_octave[4][8]  = { TRIT_ANCHOR_OCTAVES };
 // block layout
 //
 
-typedef uint8_t trit_plane[TRIT_WORDS(4)][TRIT_PER_WORD];
-
-static const int n_words [5] = { 0, TRIT_WORDS(1),  TRIT_WORDS(2),  TRIT_WORDS(3),  TRIT_WORDS(4)  };
+static const int n_words[5] = { 0, TRIT_WORDS(1), TRIT_WORDS(2), TRIT_WORDS(3), TRIT_WORDS(4) };
 
 int ggml_trit_n_words(int depth) {
     assert(depth >= 1 && depth <= 4);
     return n_words[depth];
 }
 
-// Place of trit s of weight i. Words stand in quads; a quad holds four weights at a time, one in each of its words.
-static uint8_t * weight_trit(int depth, trit_plane t, int i, int s) {
-    const int lane = i % 4;
+enum {
+    LEVELS_1   = 3, // values of a field of one trit, of two ..
+    LEVELS_2   = 9,
+    LEVELS_3   = 27,
+    LEVELS_4   = 81,
+    RESERVED_2 = TRIT_RESERVED*LEVELS_1 + TRIT_RESERVED,
+};
+
+// a field of a word: factor is 3^j for one that begins with trit j, levels 3^n for n trits
+static inline int field(uint16_t word, uint32_t factor, uint32_t levels) {
+    return (word*factor & 0xffff)*levels >> 16;
+}
+
+// a number of ten trits as a fixed-point fraction of 3^10, rounded up
+static inline uint16_t word_from_number(uint32_t v) {
+    return (v*65536u + 59048u)/59049u;
+}
+
+static inline void unpack(int depth, const uint16_t * words, struct ggml_trit_block * block) {
+    int8_t  * code = block->code;
+    uint8_t * k    = block->k;
+
+    // codes that the words of quads begin with
+    const int n_codes = TRIT_CODES_PER_WORD(depth);
+    for (int l = 0; l < 4*TRIT_QUADS(depth); ++l) {
+        uint16_t rest = words[l];
+        for (int j = 0; j < n_codes; ++j) {
+            const uint32_t product = (uint32_t) rest*TRIT_LEVELS(depth);
+            code[l/4*4*n_codes + 4*j + l%4] = (int) (product >> 16) - TRIT_OFFSET(depth);
+            rest = product;
+        }
+    }
+
+    // all else, as docs/reference/format.md lists it
+    const uint16_t * last = words + 4*TRIT_QUADS(depth);
     switch (depth) {
         case 1:
-            return &t[4*(i/32) + lane][(i%32)/4];
+            for (int g = 0; g < NG_TRIT; ++g) {
+                k[g] = 3*field(words[g], 6561, LEVELS_2) + field(words[4 + g], 6561, LEVELS_1);
+            }
+            break;
         case 2:
-            return i < 60 ? &t[4*(i/20) + lane][2*((i%20)/4) + s] : &t[12 + lane/2][2*(lane%2) + s];
+            for (int i = 0; i < 2; ++i) {
+                code[60 + 2*i] = field(last[i], 1, LEVELS_2) - TRIT_OFFSET(2);
+                code[61 + 2*i] = field(last[i], 9, LEVELS_2) - TRIT_OFFSET(2);
+                k[2*i + 0] = field(last[i],   81, LEVELS_3);
+                k[2*i + 1] = field(last[i], 2187, LEVELS_3);
+            }
+            break;
         case 3:
-            if (i < 60) {
-                return &t[4*(i/12) + lane][3*((i%12)/4) + s];
+            for (int i = 0; i < 4; ++i) {
+                static const uint32_t factor[4] = { 1, 9, 81, 729 };
+                code[60 + i] = 3*field(last[0], factor[i], LEVELS_2) + field(words[12 + i], 19683, LEVELS_1) - TRIT_OFFSET(3);
+                k[i] = 9*field(words[i], 19683, LEVELS_1) + 3*field(words[4 + i], 19683, LEVELS_1) + field(words[8 + i], 19683, LEVELS_1);
             }
-            return s < 2 ? &t[20][2*lane + s] : &t[12 + lane][9];
-        default:
-            if (i < 48) {
-                return &t[4*(i/8) + lane][4*((i%8)/4) + s];
+            break;
+        case 4:
+            for (int i = 0; i < 12; ++i) {
+                const uint16_t * pair = words + i/4*8 + i%4;
+                code[48 + i] = 9*field(pair[0], 6561, LEVELS_2) + field(pair[4], 6561, LEVELS_2) - TRIT_OFFSET(4);
             }
-            if (i < 60) {
-                const int quad = 2*((i - 48)/4) + s/2;
-                return &t[4*quad + lane][8 + s%2];
+            for (int i = 0; i < 2; ++i) {
+                code[60 + 2*i] = field(last[i], 1, LEVELS_4) - TRIT_OFFSET(4);
+                code[61 + 2*i] = field(last[2], i == 0 ? 1 : 81, LEVELS_4) - TRIT_OFFSET(4);
+                k[2*i + 0] = field(last[i],   81, LEVELS_3);
+                k[2*i + 1] = field(last[i], 2187, LEVELS_3);
             }
-            return lane%2 == 0 ? &t[24 + lane/2][s] : &t[26][4*(lane/2) + s];
-    }
-}
-
-// place of trit s of the scale index of group g
-static uint8_t * scale_trit(int depth, trit_plane t, int g, int s) {
-    switch (depth) {
-        case 1:  return s < 2 ? &t[g][8 + s] : &t[4 + g][8];
-        case 3:  return &t[4*s + g][9];
-        default: return &t[(depth == 2 ? 12 : 24) + g/2][4 + 3*(g%2) + s];
-    }
-}
-
-// the word whose first trits are those of the number `first`, and whose other trits are given
-static uint16_t word_from_trits(uint32_t first, const uint8_t * trit, int n) {
-    uint32_t v = first;
-    for (int j = 0; j < n; ++j) {
-        v = 3*v + trit[j];
-    }
-    // a fixed-point fraction of 3^10, rounded up: the n trits from trit j on are (q * 3^j mod 2^16) * 3^n / 2^16
-    return (v*65536u + 59048u) / 59049u;
-}
-
-static void trits_from_word(uint16_t q, uint8_t trit[TRIT_PER_WORD]) {
-    uint16_t frac = q;
-    for (int j = 0; j < TRIT_PER_WORD; ++j) {
-        trit[j] = (frac*3u) >> 16;
-        frac    = frac*3u;
+            break;
     }
 }
 
 void ggml_trit_unpack(int depth, const uint16_t * words, struct ggml_trit_block * block) {
-    trit_plane t;
-    for (int l = 0; l < n_words[depth]; ++l) {
-        trits_from_word(words[l], t[l]);
+    switch (depth) { // so that the depth is a constant
+        case 1:  unpack(1, words, block); break;
+        case 2:  unpack(2, words, block); break;
+        case 3:  unpack(3, words, block); break;
+        default: unpack(4, words, block); break;
     }
+}
 
-    for (int i = 0; i < QK_TRIT; ++i) {
-        int code = 0;
-        for (int s = 0; s < depth; ++s) {
-            code = 3*code + *weight_trit(depth, t, i, s) - 1;
+// what follows the codes of word l of the quads, as a number
+static inline uint32_t rest_of_word(int depth, const struct ggml_trit_block * block, int l) {
+    const int lane = l%4;
+    switch (depth) {
+        case 1:
+            return l < 4 ? block->k[l]/LEVELS_1 : block->k[lane]%LEVELS_1*LEVELS_1 + TRIT_RESERVED;
+        case 3:
+            switch (l/4) {
+                case 0:  return block->k[lane]/LEVELS_2;
+                case 1:  return block->k[lane]/LEVELS_1%LEVELS_1;
+                case 2:  return block->k[lane]%LEVELS_1;
+                case 3:  return (block->code[60 + lane] + TRIT_OFFSET(3))%LEVELS_1;
+                default: return TRIT_RESERVED;
+            }
+        case 4: {
+            const int code = block->code[48 + l/8*4 + lane] + TRIT_OFFSET(4);
+            return l%8 < 4 ? code/LEVELS_2 : code%LEVELS_2;
         }
-        block->code[i] = code;
-    }
-    for (int g = 0; g < NG_TRIT; ++g) {
-        block->k[g] = 9 * *scale_trit(depth, t, g, 0) + 3 * *scale_trit(depth, t, g, 1) + *scale_trit(depth, t, g, 2);
+        default:
+            return 0;
     }
 }
 
 static inline void pack(int depth, const struct ggml_trit_block * block, uint16_t * words) {
-    // trits other than those of the whole codes that the words of quads begin with
-    trit_plane t;
-    memset(t, TRIT_RESERVED, sizeof(t));
-    for (int i = 4*TRIT_QUADS(depth)*TRIT_CODES_PER_WORD(depth); i < QK_TRIT; ++i) {
-        int rest = block->code[i] + TRIT_OFFSET(depth);
-        for (int s = depth - 1; s >= 0; --s) {
-            *weight_trit(depth, t, i, s) = rest % 3;
-            rest /= 3;
+    static const int rest_levels[5] = { 0, LEVELS_2, 1, LEVELS_1, LEVELS_2 };
+
+    const int8_t  * code = block->code;
+    const uint8_t * k    = block->k;
+
+    const int n_codes = TRIT_CODES_PER_WORD(depth);
+    for (int l = 0; l < 4*TRIT_QUADS(depth); ++l) {
+        uint32_t v = 0;
+        for (int j = 0; j < n_codes; ++j) {
+            v = v*TRIT_LEVELS(depth) + (code[l/4*4*n_codes + 4*j + l%4] + TRIT_OFFSET(depth));
         }
-    }
-    for (int g = 0; g < NG_TRIT; ++g) {
-        int rest = block->k[g];
-        for (int s = 2; s >= 0; --s) {
-            *scale_trit(depth, t, g, s) = rest % 3;
-            rest /= 3;
-        }
+        words[l] = word_from_number(v*rest_levels[depth] + rest_of_word(depth, block, l));
     }
 
-    const int n_first = depth*TRIT_CODES_PER_WORD(depth);
-    for (int l = 0; l < 4*TRIT_QUADS(depth); ++l) {
-        const int8_t * code = block->code + l/4*4*TRIT_CODES_PER_WORD(depth) + l%4;
-        uint32_t first = 0;
-        for (int c = 0; c < TRIT_CODES_PER_WORD(depth); ++c) {
-            first = TRIT_LEVELS(depth)*first + (code[4*c] + TRIT_OFFSET(depth));
+    const int  o    = TRIT_OFFSET(depth);
+    uint16_t * last = words + 4*TRIT_QUADS(depth);
+    switch (depth) {
+        case 2:
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t codes = (code[60 + 2*i] + o)*LEVELS_2 + (code[61 + 2*i] + o);
+                last[i] = word_from_number((codes*LEVELS_3 + k[2*i])*LEVELS_3 + k[2*i + 1]);
+            }
+            break;
+        case 3: {
+            uint32_t v = 0;
+            for (int i = 60; i < 64; ++i) {
+                v = v*LEVELS_2 + (code[i] + o)/LEVELS_1;
+            }
+            last[0] = word_from_number(v*LEVELS_2 + RESERVED_2);
+            break;
         }
-        words[l] = word_from_trits(first, t[l] + n_first, TRIT_PER_WORD - n_first);
-    }
-    for (int l = 4*TRIT_QUADS(depth); l < TRIT_WORDS(depth); ++l) {
-        words[l] = word_from_trits(0, t[l], TRIT_PER_WORD);
+        case 4:
+            for (int i = 0; i < 2; ++i) {
+                last[i] = word_from_number(((code[60 + 2*i] + o)*LEVELS_3 + k[2*i])*LEVELS_3 + k[2*i + 1]);
+            }
+            last[2] = word_from_number(((code[61] + o)*LEVELS_4 + (code[63] + o))*LEVELS_2 + RESERVED_2);
+            break;
     }
 }
 
@@ -152,30 +191,22 @@ static bool are_encodings(const uint16_t * words, size_t n) {
     return !wrong;
 }
 
-// whether the trits of a word from trit j on have their reserved value; factor is 3^j
-static bool last_is_reserved(uint16_t q, uint32_t factor) {
-    return (q*factor & 0xffff)*3 >> 16 == TRIT_RESERVED;
-}
-
-static bool last_two_are_reserved(uint16_t q) {
-    return (q*6561u & 0xffff)*9 >> 16 == 4*TRIT_RESERVED;
-}
 
 static bool reserved_trits_are_valid(int depth, const uint16_t * words) {
     bool valid = true;
     switch (depth) {
         case 1:
             for (int l = 4; l < 8; ++l) {
-                valid &= last_is_reserved(words[l], 19683u);
+                valid &= field(words[l], 19683, LEVELS_1) == TRIT_RESERVED;
             }
             return valid;
         case 3:
             for (int l = 16; l < 20; ++l) {
-                valid &= last_is_reserved(words[l], 19683u);
+                valid &= field(words[l], 19683, LEVELS_1) == TRIT_RESERVED;
             }
-            return valid & last_two_are_reserved(words[20]);
+            return valid & (field(words[20], 6561, LEVELS_2) == RESERVED_2);
         case 4:
-            return last_two_are_reserved(words[26]);
+            return field(words[26], 6561, LEVELS_2) == RESERVED_2;
         default:
             return true;
     }
