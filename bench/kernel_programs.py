@@ -94,6 +94,8 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl")
 
 X86 = (
+    Target("sse4.1", "x86", ("-msse4.1",), ("sse4_1",)),
+    Target("avx", "x86", ("-mavx",), ("avx",)),
     Target("avx2", "x86", _AVX2, ("avx2", "fma", "f16c")),
     Target("avxvnni", "x86", (*_AVX2, "-mavxvnni"), ("avx_vnni",)),
     Target("avx512bw", "x86", _AVX512, ("avx512bw", "avx512vl")),

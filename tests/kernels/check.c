@@ -18,6 +18,15 @@
 
 #ifdef GGML_TRIT_GEMM
 
+// rounded once where the machine can
+static float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return fmaf(a, b, c);
+#else
+    return a*b + c;
+#endif
+}
+
 static float expected_product(const struct problem * p, int row, int c, int block0, int n) {
     float acc = 0.0f;
     for (int ib = block0; ib < block0 + n; ++ib) {
@@ -25,7 +34,7 @@ static float expected_product(const struct problem * p, int row, int c, int bloc
         for (int half = 0; half < 2; ++half) {
             const block_q8_0 * y = column(p, c) + 2*ib + half;
             const float scale = ggml_trit_anchor(p->depth, x->k)*GGML_FP16_TO_FP32(y->d);
-            acc = fmaf((float) integer_sum(x, y->qs, half, NULL), scale, acc);
+            acc = multiply_add((float) integer_sum(x, y->qs, half, NULL), scale, acc);
         }
     }
     return acc;

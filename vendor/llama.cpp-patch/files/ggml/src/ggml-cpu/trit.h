@@ -41,7 +41,7 @@ void ggml_vec_dot_trit4_q8_0_generic(int n, float * GGML_RESTRICT s, size_t bs, 
 //
 
 // the instruction sets that have kernels for it, in arch/
-#if (defined(__AVX2__) && defined(__FMA__)) || (defined(__aarch64__) && defined(__ARM_NEON))
+#if defined(__SSE4_1__) || defined(__AVX2__) || (defined(__aarch64__) && defined(__ARM_NEON))
 #define GGML_TRIT_GEMM
 #endif
 

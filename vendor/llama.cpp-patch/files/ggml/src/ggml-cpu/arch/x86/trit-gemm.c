@@ -1,4 +1,4 @@
-// Matrix product of the balanced-ternary types on x86: AVX2, AVX-VNNI, AVX-512, AVX-512 VNNI.
+// Matrix product of the balanced-ternary types on x86: SSE4.1, AVX, AVX2, AVX-VNNI, AVX-512, AVX-512 VNNI.
 //
 // A lane of 32 bits stands for a row of the strip. A word is a fixed-point fraction; multiplying it by 3^depth gives
 // the next code in the upper half of the product and the rest of the fraction in the lower half. Codes are unsigned
@@ -36,7 +36,9 @@ TRIT_INLINE vint v_load_u16(const void * p) { return _mm512_cvtepu16_epi32(_mm25
 TRIT_INLINE vint v_or(vint a, vint b)       { return _mm512_or_si512(a, b); }
 TRIT_INLINE vint v_and(vint a, vint b)      { return _mm512_and_si512(a, b); }
 TRIT_INLINE vint v_table(__m128i t)         { return _mm512_broadcast_i32x4(t); }
-#else
+TRIT_INLINE vfloat v_as_float(vint a)       { return _mm512_castsi512_ps(a); }
+TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm512_permutexvar_epi32(i, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) table))); }
+#elif defined(__AVX2__)
 #define TRIT_LANES    8
 #define TRIT_VECTOR_REGISTER "x"
 #define TRIT_MAX_COLS 4
@@ -49,7 +51,35 @@ TRIT_INLINE vint v_load_u16(const void * p) { return _mm256_cvtepu16_epi32(_mm_l
 TRIT_INLINE vint v_or(vint a, vint b)       { return _mm256_or_si256(a, b); }
 TRIT_INLINE vint v_and(vint a, vint b)      { return _mm256_and_si256(a, b); }
 TRIT_INLINE vint v_table(__m128i t)         { return _mm256_broadcastsi128_si256(t); }
+TRIT_INLINE vfloat v_as_float(vint a)       { return _mm256_castsi256_ps(a); }
+TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm256_permutevar8x32_epi32(v_load(table), i); }
+#else
+#define TRIT_LANES    4
+#define TRIT_VECTOR_REGISTER "x"
+#define TRIT_MAX_COLS 4
+#define V(name)       _mm_##name
+typedef __m128i vint;
+typedef __m128  vfloat;
+
+TRIT_INLINE vint v_load(const void * p)     { return _mm_loadu_si128((const __m128i *) p); }
+TRIT_INLINE vint v_load_u16(const void * p) { return _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *) p)); }
+TRIT_INLINE vint v_or(vint a, vint b)       { return _mm_or_si128(a, b); }
+TRIT_INLINE vint v_and(vint a, vint b)      { return _mm_and_si128(a, b); }
+TRIT_INLINE vint v_table(__m128i t)         { return t; }
+TRIT_INLINE vfloat v_as_float(vint a)       { return _mm_castsi128_ps(a); }
+TRIT_INLINE vint v_lookup_8(const float * table, vint i) {
+    return _mm_castps_si128(_mm_setr_ps(
+        table[_mm_extract_epi16(i, 0)], table[_mm_extract_epi16(i, 2)], table[_mm_extract_epi16(i, 4)], table[_mm_extract_epi16(i, 6)]));
+}
 #endif
+
+TRIT_INLINE vfloat v_multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__FMA__)
+    return V(fmadd_ps)(a, b, c);
+#else
+    return V(add_ps)(V(mul_ps)(a, b), c);
+#endif
+}
 
 #if (TRIT_LANES == 16 && defined(__AVX512VNNI__)) || (TRIT_LANES == 8 && defined(__AVXVNNI__))
 #define TRIT_VNNI 1
@@ -214,15 +244,15 @@ TRIT_INLINE void lookup_ratios(vint k, vint * even, vint * odd) {
     const vint high0 = v_table(_mm_packus_epi16(_mm_srli_epi16(r0, 8), _mm_srli_epi16(r1, 8)));
     const vint high1 = v_table(_mm_packus_epi16(_mm_srli_epi16(r2, 8), _mm_srli_epi16(r3, 8)));
 
-    const vint above = _mm256_cmpgt_epi8(k, _mm256_set1_epi8(15));
-    const vint low   = _mm256_blendv_epi8(_mm256_shuffle_epi8(low0,  k), _mm256_shuffle_epi8(low1,  k), above);
-    const vint high  = _mm256_blendv_epi8(_mm256_shuffle_epi8(high0, k), _mm256_shuffle_epi8(high1, k), above);
-    *even = _mm256_blendv_epi8(low, _mm256_slli_epi16(high, 8), _mm256_set1_epi16((short) 0xff00));
-    *odd  = _mm256_blendv_epi8(_mm256_srli_epi16(low, 8), high, _mm256_set1_epi16((short) 0xff00));
+    const vint above = V(cmpgt_epi8)(k, V(set1_epi8)(15));
+    const vint low   = V(blendv_epi8)(V(shuffle_epi8)(low0,  k), V(shuffle_epi8)(low1,  k), above);
+    const vint high  = V(blendv_epi8)(V(shuffle_epi8)(high0, k), V(shuffle_epi8)(high1, k), above);
+    *even = V(blendv_epi8)(low, V(slli_epi16)(high, 8), V(set1_epi16)((short) 0xff00));
+    *odd  = V(blendv_epi8)(V(srli_epi16)(low, 8), high, V(set1_epi16)((short) 0xff00));
 #endif
 }
 
-// VNNI sums a group to 32 bits, plain AVX to two sums of 16 bits: each needs the ratio
+// VNNI sums a group to 32 bits, the others to two sums of 16 bits: each needs the ratio
 TRIT_INLINE vint widen_ratio(vint ratio) {
 #if TRIT_VNNI
     return ratio;
@@ -250,17 +280,9 @@ TRIT_INLINE vfloat unpack_anchor(int depth, vint k) {
 
     const vint octave = V(mulhi_epu16)(n, V(set1_epi16)(10923));
     const vint sixth  = V(sub_epi16)(n, V(mullo_epi16)(octave, V(set1_epi16)(6)));
-#if TRIT_LANES == 16
-    const vint top = _mm512_permutexvar_epi32(sixth, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) ggml_trit_anchor_octave[depth - 1])));
-#else
-    const vint top = _mm256_permutevar8x32_epi32(v_load(ggml_trit_anchor_octave[depth - 1]), sixth);
-#endif
     // a power of two less: the exponent of the float
-#if TRIT_LANES == 16
-    return _mm512_castsi512_ps(_mm512_sub_epi32(top, _mm512_slli_epi32(octave, 23)));
-#else
-    return _mm256_castsi256_ps(_mm256_sub_epi32(top, _mm256_slli_epi32(octave, 23)));
-#endif
+    const vint top = v_lookup_8(ggml_trit_anchor_octave[depth - 1], sixth);
+    return v_as_float(V(sub_epi32)(top, V(slli_epi32)(octave, 23)));
 }
 
 TRIT_INLINE void unpack_block(int depth, const uint16_t * words, int lane0, struct strip_block * x) {
@@ -279,7 +301,7 @@ TRIT_INLINE vint broadcast_4(const int8_t * qs) {
     return V(set1_epi32)(q);
 }
 
-// VNNI: one sum of 32 bits a lane. Plain AVX: two of 16 bits, which hold a group, or half a group at depth 4.
+// VNNI: one sum of 32 bits a lane. Otherwise two of 16 bits, which hold a group, or half a group at depth 4.
 TRIT_INLINE vint dot_4(vint sum, vint code, vint q) {
 #if TRIT_VNNI
     return v_dpbusd(sum, code, q);
@@ -334,7 +356,7 @@ TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, 
         TRIT_UNROLL
         for (int c = 0; c < n_cols; ++c) {
             const vfloat scale = V(mul_ps)(x->anchor, V(set1_ps)(y[c][ib].d[half]));
-            acc[c] = V(fmadd_ps)(V(cvtepi32_ps)(isum[c]), scale, acc[c]);
+            acc[c] = v_multiply_add(V(cvtepi32_ps)(isum[c]), scale, acc[c]);
         }
     }
 }
