@@ -100,6 +100,12 @@ X86 = (
     Target("avxvnni", "x86", (*_AVX2, "-mavxvnni"), ("avx_vnni",)),
     Target("avx512bw", "x86", _AVX512, ("avx512bw", "avx512vl")),
     Target("avx512vnni", "x86", (*_AVX512, "-mavx512vnni"), ("avx512_vnni", "avx512vl")),
+    Target(
+        "zen4",
+        "x86",
+        (*_AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"),
+        ("avx512_vnni", "avx512vbmi", "avx512_bf16"),
+    ),
 )
 
 

@@ -27,27 +27,40 @@ static float multiply_add(float a, float b, float c) {
 #endif
 }
 
-static float expected_product(const struct problem * p, int row, int c, int block0, int n) {
-    float acc = 0.0f;
+static float expected_product(const struct problem * p, float acc, int row, int c, int block0, int n) {
     for (int ib = block0; ib < block0 + n; ++ib) {
         const struct ggml_trit_block * x = &p->block[MIN(row, p->n_rows - 1)][ib];
-        for (int half = 0; half < 2; ++half) {
-            const block_q8_0 * y = column(p, c) + 2*ib + half;
-            const float scale = ggml_trit_anchor(p->depth, x->k)*GGML_FP16_TO_FP32(y->d);
-            acc = multiply_add((float) integer_sum(x, y->qs, half, NULL), scale, acc);
-        }
+        const block_q8_0 * y = column(p, c) + 2*ib;
+        const float first = GGML_FP16_TO_FP32(y[0].d)*(float) integer_sum(x, y[0].qs, 0, NULL);
+        const float sum   = multiply_add(GGML_FP16_TO_FP32(y[1].d), (float) integer_sum(x, y[1].qs, 1, NULL), first);
+        acc = multiply_add(ggml_trit_anchor(p->depth, x->k), sum, acc);
     }
     return acc;
 }
 
-// blocks from block0 on; what comes before them has been multiplied, if anything does
-static void check_strip(const struct problem * p, int block0) {
+// rows from block0 on as a strip: the same from both functions that make one
+static struct memory interleave(const struct problem * p, int block0) {
+    const int n = p->n_blocks - block0;
+    const size_t block_size = ggml_trit_n_words(p->depth)*sizeof(uint16_t);
+    const char * rows = p->rows.data + block0*block_size;
+    const struct memory strip   = memory_alloc(TRIT_STRIP*n*block_size);
+    const struct memory generic = memory_alloc(TRIT_STRIP*n*block_size);
+    ggml_trit_interleave        (p->depth, n, p->n_rows, rows, p->n_blocks*block_size, strip.data);
+    ggml_trit_interleave_generic(p->depth, n, p->n_rows, rows, p->n_blocks*block_size, generic.data);
+    if (memcmp(strip.data, generic.data, TRIT_STRIP*n*block_size) != 0) {
+        fail("TRIT%d, blocks %d to %d of %d rows: interleaved otherwise than by the generic code", p->depth, block0, block0 + n - 1, p->n_rows);
+    }
+    memory_free(generic);
+    return strip;
+}
+
+// blocks from block0 on, as a strip or as rows; what comes before them has been multiplied, if anything does
+static void check_product(const struct problem * p, int block0, bool as_rows) {
     enum { ROW0 = 3, WIDTH = ROW0 + TRIT_STRIP + 2 };
 
     const int n = p->n_blocks - block0;
     const size_t block_size = ggml_trit_n_words(p->depth)*sizeof(uint16_t);
-    const struct memory strip = memory_alloc(TRIT_STRIP*n*block_size);
-    ggml_trit_interleave(p->depth, n, p->n_rows, p->rows.data + block0*block_size, p->n_blocks*block_size, strip.data);
+    const struct memory strip = interleave(p, block0);
 
     struct memory y[MAX_COLS];
     const struct trit_activations * y_ptr[MAX_COLS];
@@ -65,15 +78,19 @@ static void check_strip(const struct problem * p, int block0) {
     }
 
     const bool accumulate = block0 > 0;
-    ggml_trit_gemm_strip(p->depth, n, strip.data, p->n_cols, y_ptr, block0, s_ptr, ROW0, accumulate);
+    if (as_rows) {
+        const char * rows = p->rows.data + block0*block_size;
+        ggml_trit_gemm_rows(p->depth, n, p->n_rows, rows, p->n_blocks*block_size, p->n_cols, y_ptr, block0, s_ptr, ROW0, accumulate);
+    } else {
+        ggml_trit_gemm_strip(p->depth, n, strip.data, p->n_cols, y_ptr, block0, s_ptr, ROW0, accumulate);
+    }
 
     for (int c = 0; c < p->n_cols; ++c) {
         for (int i = 0; i < WIDTH; ++i) {
             const int row = i - ROW0;
             float expected = before[c][i];
             if (row >= 0 && row < TRIT_STRIP) {
-                const float product = expected_product(p, row, c, block0, n);
-                expected = accumulate ? product + expected : product;
+                expected = expected_product(p, accumulate ? expected : 0.0f, row, c, block0, n);
             }
             if (memcmp(&expected, &s[c][i], sizeof(float)) != 0) {
                 fail("TRIT%d, blocks %d to %d, %d columns, row %d, column %d: %a, not %a",
@@ -97,9 +114,11 @@ static void check_products(void) {
                     const int n_rows = random_below(2) ? TRIT_STRIP : 1 + random_below(TRIT_STRIP);
                     const int block0 = n_blocks[j] > TRIT_TILE_BLOCKS ? n_blocks[j] - TRIT_TILE_BLOCKS : 0;
                     struct problem p = make_problem(kind, depth, n_rows, n_blocks[j], n_cols[i]);
-                    check_strip(&p, block0);
+                    check_product(&p, block0, false);
+                    check_product(&p, block0, true);
                     if (few) {
-                        check_strip(&p, 0);
+                        check_product(&p, 0, false);
+                        check_product(&p, 0, true);
                     }
                     free_problem(&p);
                 }
@@ -112,7 +131,7 @@ static void check_every_word(void) {
     for (int depth = 1; depth <= 4; ++depth) {
         for (int i = 0; i < N_WORDS; i += TRIT_STRIP*MAX_BLOCKS) {
             struct problem p = make_problem(EVERY_WORD, depth, TRIT_STRIP, MAX_BLOCKS, 1);
-            check_strip(&p, 0);
+            check_product(&p, 0, false);
             free_problem(&p);
         }
     }

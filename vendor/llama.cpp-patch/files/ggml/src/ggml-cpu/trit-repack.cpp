@@ -10,7 +10,13 @@
 #include "trit.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #ifdef GGML_TRIT_GEMM
 
@@ -65,14 +71,8 @@ struct matrix {
             ggml_trit_gemm_strip(depth, n, x + block0*TRIT_STRIP*block_size, n_cols, y, block0, s, row0, block0 > 0);
             return;
         }
-        // interleaved on the way, some blocks at a time
-        alignas(64) char scratch[TRIT_TILE_BLOCKS*TRIT_STRIP*sizeof(block_trit4)];
         const int rows = (int) std::min<int64_t>(TRIT_STRIP, n_rows - strip*TRIT_STRIP);
-        for (int64_t ib = block0; ib < block0 + n; ib += TRIT_TILE_BLOCKS) {
-            const int64_t nb = std::min<int64_t>(TRIT_TILE_BLOCKS, block0 + n - ib);
-            ggml_trit_interleave(depth, nb, rows, x + ib*block_size, row_size, scratch);
-            ggml_trit_gemm_strip(depth, nb, scratch, n_cols, y, ib, s, row0, ib > 0);
-        }
+        ggml_trit_gemm_rows(depth, n, rows, x + block0*block_size, row_size, n_cols, y, block0, s, row0, block0 > 0);
     }
 
     // a strip with fewer rows than the kernels write
@@ -308,11 +308,27 @@ const char * get_name(ggml_backend_buffer_type_t) {
     return "CPU_TRIT";
 }
 
+// A token reads all weights once. With pages of 4 KB it would wait for the address of a page every few hundred cycles.
+void ask_for_huge_pages(void * data, size_t size) {
+#if defined(__linux__)
+    const uintptr_t page  = sysconf(_SC_PAGESIZE);
+    const uintptr_t first = ((uintptr_t) data + page - 1)/page*page;
+    const uintptr_t end   = ((uintptr_t) data + size)/page*page;
+    if (first < end) {
+        madvise((void *) first, end - first, MADV_HUGEPAGE); // the system may have none
+    }
+#else
+    (void) data;
+    (void) size;
+#endif
+}
+
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
     if (buffer == nullptr) {
         return nullptr;
     }
+    ask_for_huge_pages(ggml_backend_buffer_get_base(buffer), size);
     buffer->buft             = buft;
     buffer->iface.set_tensor = set_tensor;
     buffer->iface.get_tensor = nullptr;

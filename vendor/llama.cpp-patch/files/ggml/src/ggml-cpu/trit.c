@@ -81,7 +81,7 @@ static inline void interleave(int depth, int64_t n_blocks, int n_rows, const cha
     }
 }
 
-void ggml_trit_interleave(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip) {
+void ggml_trit_interleave_generic(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip) {
     switch (depth) {
         case 1: interleave(1, n_blocks, n_rows, x, row_size, strip); break;
         case 2: interleave(2, n_blocks, n_rows, x, row_size, strip); break;
@@ -89,6 +89,23 @@ void ggml_trit_interleave(int depth, int64_t n_blocks, int n_rows, const void * 
         case 4: interleave(4, n_blocks, n_rows, x, row_size, strip); break;
     }
 }
+
+#ifdef GGML_TRIT_GEMM
+
+void ggml_trit_gemm_rows_generic(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    const size_t block_size = TRIT_WORDS(depth)*sizeof(uint16_t);
+
+    // some blocks at a time, which stay in the first cache
+    uint16_t strip[TRIT_TILE_BLOCKS*TRIT_STRIP*TRIT_WORDS(4)];
+    for (int64_t ib = 0; ib < n_blocks; ib += TRIT_TILE_BLOCKS) {
+        const int64_t n = MIN(TRIT_TILE_BLOCKS, n_blocks - ib);
+        ggml_trit_interleave(depth, n, n_rows, (const char *) x + ib*block_size, row_size, strip);
+        ggml_trit_gemm_strip(depth, n, strip, n_cols, y, y_block0 + ib, s, row0, accumulate || ib > 0);
+    }
+}
+
+#endif
 
 // other architectures have no vector code
 #if !defined(__x86_64__) && !defined(__i386__) && !defined(_M_IX86) && !defined(_M_X64) && \

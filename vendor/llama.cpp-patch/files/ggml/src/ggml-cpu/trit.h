@@ -61,13 +61,20 @@ struct trit_activations {
 // Block i of the strip takes TRIT_STRIP blocks of memory. Its words lie in quads, four words of each row:
 // first those of rows 0, 1, 4, 5, 8, 9, 12, 13, then those of the others, so that packing both halves
 // to bytes gives the rows in order. Words that are left over follow row by row, in pairs and one by one.
-void ggml_trit_interleave(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip);
+void ggml_trit_interleave        (int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip);
+void ggml_trit_interleave_generic(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip);
 
 void ggml_trit_prepare_activations(int depth, int64_t n_blocks, const block_q8_0 * GGML_RESTRICT x, struct trit_activations * GGML_RESTRICT y);
 
-// s[c][row0 + i] = row i of the strip times column c, from block y_block0 of the column on; added to s if accumulate.
+// s[c][row0 + i] = row i of the strip times column c, from block y_block0 of the column on; accumulate goes on from what s has.
 // n_blocks <= TRIT_TILE_BLOCKS or n_cols <= TRIT_FEW_COLUMNS
 void ggml_trit_gemm_strip(int depth, int64_t n_blocks, const void * GGML_RESTRICT strip,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate);
+
+// the same for n_rows <= TRIT_STRIP rows as they are in a file, which are interleaved on the way; any number of blocks
+void ggml_trit_gemm_rows(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate);
+void ggml_trit_gemm_rows_generic(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size,
         int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate);
 
 #ifdef __cplusplus

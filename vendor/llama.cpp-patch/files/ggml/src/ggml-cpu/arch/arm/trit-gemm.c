@@ -44,24 +44,26 @@ TRIT_INLINE int32x4_t dot_group(int depth, const int8x16_t * code, int8x16_t q) 
 // acc[c] += block x times block ib of column c
 TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, const struct trit_activations * const * y, int64_t ib, float32x4_t * acc) {
     TRIT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int g = 2*half;
+    for (int c = 0; c < n_cols; ++c) {
+        float32x4_t sumf = vdupq_n_f32(0.0f);
         TRIT_UNROLL
-        for (int c = 0; c < n_cols; ++c) {
+        for (int half = 0; half < 2; ++half) {
+            const int g = 2*half;
             const int8_t * qs = y[c][ib].qs + QG_TRIT*g;
             const int32x4_t sum0 = dot_group(depth, x->code + 4*g,     vld1q_s8(qs));
             const int32x4_t sum1 = dot_group(depth, x->code + 4*g + 4, vld1q_s8(qs + QG_TRIT));
 
             const int32x4_t isum0 = g == 0 ? vmulq_n_s32(sum0, TRIT_RATIO_ONE) : vmulq_s32(sum0, x->ratio[g]);
             const int32x4_t isum  = vmlaq_s32(isum0, sum1, x->ratio[g + 1]);
-            const float32x4_t scale = vmulq_n_f32(x->anchor, y[c][ib].d[half]);
-            acc[c] = vfmaq_f32(acc[c], vcvtq_f32_s32(isum), scale);
+            const float32x4_t s = vcvtq_f32_s32(isum);
+            sumf = half == 0 ? vmulq_n_f32(s, y[c][ib].d[half]) : vfmaq_n_f32(sumf, s, y[c][ib].d[half]);
         }
+        acc[c] = vfmaq_f32(acc[c], x->anchor, sumf);
     }
 }
 
-TRIT_INLINE void store_sums(float32x4_t acc, float * s, bool accumulate) {
-    vst1q_f32(s, accumulate ? vaddq_f32(acc, vld1q_f32(s)) : acc);
+TRIT_INLINE float32x4_t first_sums(const float * s, bool accumulate) {
+    return accumulate ? vld1q_f32(s) : vdupq_n_f32(0.0f);
 }
 
 // The next strip follows in memory, so that one can be fetched across the ends of strips and pages, where the hardware stops.
@@ -84,10 +86,11 @@ TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, const uint16_t * wo
     for (int i = 0; i < TRIT_PARTS; ++i) {
         TRIT_UNROLL
         for (int c = 0; c < n_cols; ++c) {
-            acc[i][c] = vdupq_n_f32(0.0f);
+            acc[i][c] = first_sums(s[c] + row0 + i*TRIT_LANES, accumulate);
         }
     }
     for (int64_t ib = 0; ib < n_blocks; ++ib, words += TRIT_STRIP*TRIT_WORDS(depth)) {
+        prefetch_block(depth, words);
         // not unrolled: compilers would mix the parts and run out of registers
         for (int i = 0; i < TRIT_PARTS; ++i) {
             struct strip_block x;
@@ -99,7 +102,7 @@ TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, const uint16_t * wo
     for (int i = 0; i < TRIT_PARTS; ++i) {
         TRIT_UNROLL
         for (int c = 0; c < n_cols; ++c) {
-            store_sums(acc[i][c], s[c] + row0 + i*TRIT_LANES, accumulate);
+            vst1q_f32(s[c] + row0 + i*TRIT_LANES, acc[i][c]);
         }
     }
 }
@@ -156,22 +159,25 @@ TRIT_INLINE void pair_columns(const struct trit_activations * x0, const struct t
 // acc[c][i] += row pair i of block x times column pair c, whose blocks follow those of the pair before
 TRIT_INLINE void dot_pairs(const struct row_pairs * x, int n_pairs, const struct column_pair * y, float32x4_t acc[][2]) {
     TRIT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int g = 2*half;
+    for (int c = 0; c < n_pairs; ++c) {
         TRIT_UNROLL
-        for (int c = 0; c < n_pairs; ++c) {
-            const int8x16_t * qs = y[c*TRIT_TILE_BLOCKS].qs + 2*g;
+        for (int i = 0; i < 2; ++i) {
+            float32x4_t sumf = vdupq_n_f32(0.0f);
             TRIT_UNROLL
-            for (int i = 0; i < 2; ++i) {
+            for (int half = 0; half < 2; ++half) {
+                const int g = 2*half;
+                const int8x16_t * qs = y[c*TRIT_TILE_BLOCKS].qs + 2*g;
                 const int8x16_t * code = x->code[i] + 2*g;
                 const int32x4_t sum0 = vmmlaq_s32(vmmlaq_s32(vdupq_n_s32(0), code[0], qs[0]), code[1], qs[1]);
                 const int32x4_t sum1 = vmmlaq_s32(vmmlaq_s32(vdupq_n_s32(0), code[2], qs[2]), code[3], qs[3]);
 
                 const int32x4_t isum0 = g == 0 ? vmulq_n_s32(sum0, TRIT_RATIO_ONE) : vmulq_s32(sum0, x->ratio[i][g]);
                 const int32x4_t isum  = vmlaq_s32(isum0, sum1, x->ratio[i][g + 1]);
-                const float32x4_t scale = vmulq_f32(x->anchor[i], y[c*TRIT_TILE_BLOCKS].d[half]);
-                acc[c][i] = vfmaq_f32(acc[c][i], vcvtq_f32_s32(isum), scale);
+                const float32x4_t s = vcvtq_f32_s32(isum);
+                const float32x4_t d = y[c*TRIT_TILE_BLOCKS].d[half];
+                sumf = half == 0 ? vmulq_f32(s, d) : vfmaq_f32(sumf, s, d);
             }
+            acc[c][i] = vfmaq_f32(acc[c][i], x->anchor[i], sumf);
         }
     }
 }
@@ -191,15 +197,17 @@ TRIT_INLINE void tile_columns(int64_t n_blocks, const struct row_pairs * tile,
         float32x4_t acc[TRIT_MAX_PAIRS][2];
         TRIT_UNROLL
         for (int c = 0; c < n_pairs; ++c) {
-            acc[c][0] = vdupq_n_f32(0.0f);
-            acc[c][1] = vdupq_n_f32(0.0f);
+            const float32x4_t s0 = first_sums(s[2*c]                      + row0 + i*TRIT_LANES, accumulate);
+            const float32x4_t s1 = first_sums(s[MIN(2*c + 1, n_cols - 1)] + row0 + i*TRIT_LANES, accumulate);
+            acc[c][0] = vzip1q_f32(s0, s1);
+            acc[c][1] = vzip2q_f32(s0, s1);
         }
         for (int64_t ib = 0; ib < n_blocks; ++ib) {
             dot_pairs(tile + ib*TRIT_PARTS + i, n_pairs, cols + ib, acc);
         }
         for (int c = 0; c < n_cols; ++c) {
             const float32x4_t sums = c%2 == 0 ? vuzp1q_f32(acc[c/2][0], acc[c/2][1]) : vuzp2q_f32(acc[c/2][0], acc[c/2][1]);
-            store_sums(sums, s[c] + row0 + i*TRIT_LANES, accumulate);
+            vst1q_f32(s[c] + row0 + i*TRIT_LANES, sums);
         }
     }
 }
@@ -234,14 +242,14 @@ TRIT_INLINE void tile_columns(int depth, int64_t n_blocks, const struct strip_bl
     float32x4_t acc[TRIT_MAX_COLS];
     TRIT_UNROLL
     for (int c = 0; c < n_cols; ++c) {
-        acc[c] = vdupq_n_f32(0.0f);
+        acc[c] = first_sums(s[c] + row0, accumulate);
     }
     for (int64_t ib = 0; ib < n_blocks; ++ib) {
         dot_block(depth, tile + ib, n_cols, y, y_block0 + ib, acc);
     }
     TRIT_UNROLL
     for (int c = 0; c < n_cols; ++c) {
-        store_sums(acc[c], s[c] + row0, accumulate);
+        vst1q_f32(s[c] + row0, acc[c]);
     }
 }
 
@@ -301,6 +309,15 @@ void ggml_trit_gemm_strip(int depth, int64_t n_blocks, const void * GGML_RESTRIC
         case 3: gemm_strip(3, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
         case 4: gemm_strip(4, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
     }
+}
+
+void ggml_trit_interleave(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip) {
+    ggml_trit_interleave_generic(depth, n_blocks, n_rows, x, row_size, strip);
+}
+
+void ggml_trit_gemm_rows(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    ggml_trit_gemm_rows_generic(depth, n_blocks, n_rows, x, row_size, n_cols, y, y_block0, s, row0, accumulate);
 }
 
 #endif

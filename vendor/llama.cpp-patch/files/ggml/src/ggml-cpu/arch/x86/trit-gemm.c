@@ -32,7 +32,11 @@ typedef __m512i vint;
 typedef __m512  vfloat;
 
 TRIT_INLINE vint v_load(const void * p)     { return _mm512_loadu_si512(p); }
-TRIT_INLINE vint v_load_u16(const void * p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)); }
+TRIT_INLINE vint v_load_twice(const void * p) { // each word
+    return _mm512_permutexvar_epi16(
+        _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0),
+        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) p)));
+}
 TRIT_INLINE vint v_or(vint a, vint b)       { return _mm512_or_si512(a, b); }
 TRIT_INLINE vint v_and(vint a, vint b)      { return _mm512_and_si512(a, b); }
 TRIT_INLINE vint v_table(__m128i t)         { return _mm512_broadcast_i32x4(t); }
@@ -47,7 +51,11 @@ typedef __m256i vint;
 typedef __m256  vfloat;
 
 TRIT_INLINE vint v_load(const void * p)     { return _mm256_loadu_si256((const __m256i *) p); }
-TRIT_INLINE vint v_load_u16(const void * p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)); }
+TRIT_INLINE vint v_load_twice(const void * p) { // each word
+    return _mm256_shuffle_epi8(
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)),
+        _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15));
+}
 TRIT_INLINE vint v_or(vint a, vint b)       { return _mm256_or_si256(a, b); }
 TRIT_INLINE vint v_and(vint a, vint b)      { return _mm256_and_si256(a, b); }
 TRIT_INLINE vint v_table(__m128i t)         { return _mm256_broadcastsi128_si256(t); }
@@ -62,7 +70,10 @@ typedef __m128i vint;
 typedef __m128  vfloat;
 
 TRIT_INLINE vint v_load(const void * p)     { return _mm_loadu_si128((const __m128i *) p); }
-TRIT_INLINE vint v_load_u16(const void * p) { return _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *) p)); }
+TRIT_INLINE vint v_load_twice(const void * p) { // each word
+    const __m128i words = _mm_loadl_epi64((const __m128i *) p);
+    return _mm_unpacklo_epi16(words, words);
+}
 TRIT_INLINE vint v_or(vint a, vint b)       { return _mm_or_si128(a, b); }
 TRIT_INLINE vint v_and(vint a, vint b)      { return _mm_and_si128(a, b); }
 TRIT_INLINE vint v_table(__m128i t)         { return t; }
@@ -153,13 +164,78 @@ TRIT_INLINE struct quad unpack_quad(const uint16_t * words, int lane0, int i, in
     return q;
 }
 
+#if TRIT_LANES == 16 && defined(__AVX512VBMI__) && defined(__AVX512BF16__) && !defined(__AMX_TILE__)
+
+// Tables take fields of four trits apart: half the multiplications, or a quarter. A lookup in 128 bytes is one operation on
+// AMD's CPUs and three on Intel's, so this is for those that know bfloat16, and not AMX.
+#define TRIT_BYTE_TABLES
+
+#define X3(...) __VA_ARGS__, __VA_ARGS__, __VA_ARGS__
+#define X9(...) X3(X3(__VA_ARGS__))
+
+static const uint8_t trits_of_field[4][128] = {
+    { X9(X3(0)), X9(X3(1)), X9(X3(2)) },
+    { X3(X9(0), X9(1), X9(2)) },
+    { X9(X3(0), X3(1), X3(2)) },
+    { X9(X3(0, 1, 2)) },
+};
+static const uint8_t pairs_of_field[2][128] = {
+    { X9(0), X9(1), X9(2), X9(3), X9(4), X9(5), X9(6), X9(7), X9(8) },
+    { X9(0, 1, 2, 3, 4, 5, 6, 7, 8) },
+};
+
+TRIT_INLINE vint look_up(const uint8_t * table, vint i) {
+    return _mm512_permutex2var_epi8(v_load(table), i, v_load(table + 64));
+}
+
+#endif
+
 // two scale indexes of a pair of words: k0, k1 of the one, k2, k3 of the other
 TRIT_INLINE vint pair_scales(vint pair) {
     return v_or(field(pair, 27), V(slli_epi16)(field(rest(pair, 27), 27), 8));
 }
 
+// the last words of depth 2
+TRIT_INLINE vint unpack_last_pair(const uint16_t * words, int lane0, vint code[16]) {
+    vint pair = v_load(words + 12*TRIT_STRIP + 2*lane0);
+    const vint w0 = field(pair, 9);
+    pair = rest(pair, 9);
+    const vint w1 = field(pair, 9);
+    pair = rest(pair, 9);
+    code[15] = v_or(w0, V(slli_epi16)(w1, 8));
+    return pair_scales(pair);
+}
+
 // codes of the rows from lane0 on; returns the bytes k0..k3 of each row
 TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint code[16]) {
+#ifdef TRIT_BYTE_TABLES
+    if (depth == 1) {
+        struct quad q[2];
+        TRIT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            vint four[2];
+            q[i] = unpack_quad(words, lane0, i, 2, 81, four);
+            TRIT_UNROLL
+            for (int j = 0; j < 8; ++j) {
+                code[8*i + j] = look_up(trits_of_field[j%4], four[j/4]);
+            }
+        }
+        return V(packus_epi16)(mul3_add(field(q[0].a, 9), field(q[1].a, 3)), mul3_add(field(q[0].b, 9), field(q[1].b, 3)));
+    }
+    if (depth == 2) {
+        TRIT_UNROLL
+        for (int i = 0; i < 3; ++i) {
+            vint four[2];
+            const struct quad last = unpack_quad(words, lane0, i, 2, 81, four);
+            TRIT_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                code[5*i + j] = look_up(pairs_of_field[j%2], four[j/2]);
+            }
+            code[5*i + 4] = quad_field(last, 9);
+        }
+        return unpack_last_pair(words, lane0, code);
+    }
+#endif
     if (depth == 1) {
         // pairs of codes, which tables take apart: half the multiplications
         const vint first  = v_table(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
@@ -182,13 +258,7 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
         for (int i = 0; i < 3; ++i) {
             unpack_quad(words, lane0, i, 5, 9, code + 5*i);
         }
-        vint pair = v_load(words + 12*TRIT_STRIP + 2*lane0);
-        const vint w0 = field(pair, 9);
-        pair = rest(pair, 9);
-        const vint w1 = field(pair, 9);
-        pair = rest(pair, 9);
-        code[15] = v_or(w0, V(slli_epi16)(w1, 8));
-        return pair_scales(pair);
+        return unpack_last_pair(words, lane0, code);
     }
     if (depth == 3) {
         struct quad q[5];
@@ -196,14 +266,11 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
         for (int i = 0; i < 5; ++i) {
             q[i] = unpack_quad(words, lane0, i, 3, 27, code + 3*i);
         }
-        vint single = v_load_u16(words + 20*TRIT_STRIP + lane0);
-        vint upper  = field(single, 9);
-        TRIT_UNROLL
-        for (int i = 1; i < 4; ++i) {
-            single = rest(single, 9);
-            upper  = v_or(upper, V(slli_epi32)(field(single, 9), 8*i));
-        }
-        code[15] = V(add_epi8)(V(add_epi8)(upper, upper), V(add_epi8)(upper, quad_field(q[3], 3)));
+        // the four fields of a word: of its copies, two each
+        const vint single = v_load_twice(words + 20*TRIT_STRIP + lane0);
+        const vint even   = field(V(mullo_epi16)(single, V(set1_epi32)(1 |  81 << 16)), 9);
+        const vint odd    = field(V(mullo_epi16)(single, V(set1_epi32)(9 | 729 << 16)), 9);
+        code[15] = mul3_add(v_or(even, V(slli_epi16)(odd, 8)), quad_field(q[3], 3));
         return V(packus_epi16)(
             mul3_add(mul3_add(field(q[0].a, 3), field(q[1].a, 3)), field(q[2].a, 3)),
             mul3_add(mul3_add(field(q[0].b, 3), field(q[1].b, 3)), field(q[2].b, 3)));
@@ -215,10 +282,9 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
         code[12 + i] = V(packus_epi16)(mul9_add(field(u.a, 9), field(l.a, 9)), mul9_add(field(u.b, 9), field(l.b, 9)));
     }
     const vint pair   = v_load(words + 24*TRIT_STRIP + 2*lane0);
-    const vint single = v_load_u16(words + 26*TRIT_STRIP + lane0);
-    const vint w1 = field(single, 81);
-    const vint w3 = field(rest(single, 81), 81);
-    code[15] = v_or(field(pair, 81), v_or(V(slli_epi32)(w1, 8), V(slli_epi32)(w3, 24)));
+    const vint single = v_load_twice(words + 26*TRIT_STRIP + lane0);
+    const vint odd    = field(V(mullo_epi16)(single, V(set1_epi32)(1 | 81 << 16)), 81);
+    code[15] = v_or(field(pair, 81), V(slli_epi16)(odd, 8));
     return pair_scales(rest(pair, 81));
 }
 
@@ -229,8 +295,9 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
 // the ratios of scale indexes k0..k3, given as bytes: (R[k0], R[k2]) and (R[k1], R[k3]) in 16-bit lanes
 TRIT_INLINE void lookup_ratios(vint k, vint * even, vint * odd) {
 #if TRIT_LANES == 16
+    // only the lower five bits of an index count
     const vint table = _mm512_maskz_loadu_epi16((1u << TRIT_N_SCALES) - 1, ggml_trit_ratio);
-    *even = _mm512_permutexvar_epi16(v_and(k, _mm512_set1_epi16(0xff)), table);
+    *even = _mm512_permutexvar_epi16(k, table);
     *odd  = _mm512_permutexvar_epi16(_mm512_srli_epi16(k, 8), table);
 #else
     // low and high bytes of entries 0..15 and 16..26
@@ -272,23 +339,34 @@ TRIT_INLINE void unpack_ratios(vint k, vint ratio[NG_TRIT]) {
     ratio[3] = widen_ratio(V(srli_epi32)(odd, 16));
 }
 
-TRIT_INLINE vfloat unpack_anchor(int depth, vint k) {
-    // n = 3*k0 + (k1 + k2 + k3) mod 3, in the lower half of each lane; divisions by multiplication with the inverse
-    const vint sum = V(madd_epi16)(V(maddubs_epi16)(k, V(set1_epi32)(0x01010100)), V(set1_epi16)(1));
-    const vint k0  = v_and(k, V(set1_epi32)(0xff));
-    const vint n   = mul3_add(V(sub_epi16)(k0, V(mulhi_epu16)(sum, V(set1_epi16)(21846))), sum);
-
-    const vint octave = V(mulhi_epu16)(n, V(set1_epi16)(10923));
-    const vint sixth  = V(sub_epi16)(n, V(mullo_epi16)(octave, V(set1_epi16)(6)));
-    // a power of two less: the exponent of the float
-    const vint top = v_lookup_8(ggml_trit_anchor_octave[depth - 1], sixth);
-    return v_as_float(V(sub_epi32)(top, V(slli_epi32)(octave, 23)));
+// the first octave of anchors, where 3*k0 + 2*(k1 + k2 + k3) mod 6 as an eighth finds them: it tells k0 mod 2 and
+// (k1 + k2 + k3) mod 3, and so n mod 6
+TRIT_INLINE void init_anchors(int depth, float anchors[8]) {
+    static const int order[8] = { 0, 5, 1, 1, 3, 2, 4, 4 };
+    for (int i = 0; i < 8; ++i) {
+        anchors[i] = ggml_trit_anchor_octave[depth - 1][order[i]];
+    }
 }
 
-TRIT_INLINE void unpack_block(int depth, const uint16_t * words, int lane0, struct strip_block * x) {
+TRIT_INLINE vfloat unpack_anchor(const float * anchors, vint k) {
+    // at most 234; times 10923/2^16, the fraction is that of a sixth
+    const vint weights = V(set1_epi32)(0x02020203);
+#if TRIT_VNNI
+    const vint sum = v_dpbusd(V(set1_epi32)(0), k, weights);
+#else
+    const vint sum = V(madd_epi16)(V(maddubs_epi16)(k, weights), V(set1_epi16)(1));
+#endif
+    const vint top = v_lookup_8(anchors, V(srli_epi16)(V(mullo_epi16)(sum, V(set1_epi16)(10923)), 13));
+
+    // n div 6 is k0 div 2: so much less in the exponent
+    const vint octave = v_and(V(slli_epi32)(k, 22), V(set1_epi32)(15 << 23));
+    return v_as_float(V(sub_epi32)(top, octave));
+}
+
+TRIT_INLINE void unpack_block(int depth, const float * anchors, const uint16_t * words, int lane0, struct strip_block * x) {
     const vint k = unpack_codes(depth, words, lane0, x->code);
     unpack_ratios(k, x->ratio);
-    x->anchor = unpack_anchor(depth, k);
+    x->anchor = unpack_anchor(anchors, k);
 }
 
 //
@@ -326,6 +404,7 @@ static inline int sums_per_group(int depth) {
 // acc[c] += block x times block ib of column c
 TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, const struct trit_activations * const * y, int64_t ib, vfloat * acc) {
     const int n_sums = sums_per_group(depth);
+    vfloat sumf[TRIT_MAX_COLS];
 
     TRIT_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -355,52 +434,212 @@ TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, 
         }
         TRIT_UNROLL
         for (int c = 0; c < n_cols; ++c) {
-            const vfloat scale = V(mul_ps)(x->anchor, V(set1_ps)(y[c][ib].d[half]));
-            acc[c] = v_multiply_add(V(cvtepi32_ps)(isum[c]), scale, acc[c]);
+            const vfloat d = V(set1_ps)(y[c][ib].d[half]);
+            const vfloat s = V(cvtepi32_ps)(isum[c]);
+            sumf[c] = half == 0 ? V(mul_ps)(s, d) : v_multiply_add(s, d, sumf[c]);
+        }
+    }
+    TRIT_UNROLL
+    for (int c = 0; c < n_cols; ++c) {
+        acc[c] = v_multiply_add(x->anchor, sumf[c], acc[c]);
+    }
+}
+
+TRIT_INLINE void first_sums(int n_cols, vfloat * acc, float * const * s, int64_t row0, bool accumulate) {
+    TRIT_UNROLL
+    for (int c = 0; c < n_cols; ++c) {
+        acc[c] = accumulate ? V(loadu_ps)(s[c] + row0) : V(setzero_ps)();
+    }
+}
+
+TRIT_INLINE void store_sums(int n_cols, const vfloat * acc, float * const * s, int64_t row0) {
+    TRIT_UNROLL
+    for (int c = 0; c < n_cols; ++c) {
+        V(storeu_ps)(s[c] + row0, acc[c]);
+    }
+}
+
+//
+// interleaving
+//
+
+#if TRIT_LANES == 16
+
+// columns of eight rows, 64 bits wide: of rows 0, 1, 4, 5, 8, 9, 12 and 13 behind x; mask has the words of a row that there are
+TRIT_INLINE void load_columns(const char * x, size_t row_size, __mmask16 mask, vint column[4]) {
+    vint rows[4]; // two each
+    TRIT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const char * row = x + 4*i*row_size;
+        rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, row)), _mm256_maskz_loadu_epi16(mask, row + row_size), 1);
+    }
+    const vint first = _mm512_setr_epi64(0, 4,  8, 12, 1, 5,  9, 13);
+    const vint last  = _mm512_setr_epi64(2, 6, 10, 14, 3, 7, 11, 15);
+    const vint a01 = _mm512_permutex2var_epi64(rows[0], first, rows[1]);
+    const vint b01 = _mm512_permutex2var_epi64(rows[2], first, rows[3]);
+    const vint a23 = _mm512_permutex2var_epi64(rows[0], last,  rows[1]);
+    const vint b23 = _mm512_permutex2var_epi64(rows[2], last,  rows[3]);
+    column[0] = _mm512_inserti64x4(a01, _mm512_castsi512_si256(b01), 1);
+    column[1] = _mm512_shuffle_i64x2(a01, b01, _MM_SHUFFLE(3, 2, 3, 2));
+    column[2] = _mm512_inserti64x4(a23, _mm512_castsi512_si256(b23), 1);
+    column[3] = _mm512_shuffle_i64x2(a23, b23, _MM_SHUFFLE(3, 2, 3, 2));
+}
+
+// the lower half of each quad, row by row
+TRIT_INLINE vint halves_of_quads(struct quad q) {
+    return _mm512_permutex2var_epi32(q.a, _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30), q.b);
+}
+
+// The first n_quads < 4 quads of 16 rows, and what follows them, or four quads. Returns what follows.
+TRIT_INLINE struct quad interleave_quads(const char * x, size_t row_size, __mmask16 mask, int n_quads, char * strip) {
+    vint a[4];
+    vint b[4];
+    load_columns(x,              row_size, mask, a);
+    load_columns(x + 2*row_size, row_size, mask, b);
+    TRIT_UNROLL
+    for (int i = 0; i < n_quads; ++i) {
+        _mm512_storeu_si512(strip + 128*i,      a[i]);
+        _mm512_storeu_si512(strip + 128*i + 64, b[i]);
+    }
+    const struct quad rest = { a[n_quads%4], b[n_quads%4] };
+    return rest;
+}
+
+// a block of 16 rows
+TRIT_INLINE void interleave_block(int depth, const char * x, size_t row_size, char * strip) {
+    switch (depth) {
+        case 1: {
+            interleave_quads(x, row_size, 0xff, 2, strip);
+            break;
+        }
+        case 2: {
+            const struct quad rest = interleave_quads(x, row_size, 0x3fff, 3, strip);
+            _mm512_storeu_si512(strip + 3*128, halves_of_quads(rest));
+            break;
+        }
+        case 3: {
+            interleave_quads(x, row_size, 0xffff, 4, strip);
+            const struct quad rest = interleave_quads(x + 32, row_size, 0x1f, 1, strip + 4*128);
+            _mm256_storeu_si256((__m256i *) (strip + 5*128), _mm512_cvtepi32_epi16(halves_of_quads(rest)));
+            break;
+        }
+        case 4: {
+            interleave_quads(x, row_size, 0xffff, 4, strip);
+            const struct quad rest  = interleave_quads(x + 32, row_size, 0x7ff, 2, strip + 4*128);
+            const struct quad upper = { _mm512_srli_epi64(rest.a, 32), _mm512_srli_epi64(rest.b, 32) };
+            _mm512_storeu_si512(strip + 6*128, halves_of_quads(rest));
+            _mm256_storeu_si256((__m256i *) (strip + 6*128 + 64), _mm512_cvtepi32_epi16(halves_of_quads(upper)));
+            break;
         }
     }
 }
 
-TRIT_INLINE void store_sums(int n_cols, const vfloat * acc, float * const * s, int64_t row0, bool accumulate) {
-    TRIT_UNROLL
-    for (int c = 0; c < n_cols; ++c) {
-        float * p = s[c] + row0;
-        V(storeu_ps)(p, accumulate ? V(add_ps)(acc[c], V(loadu_ps)(p)) : acc[c]);
+#else
+
+// a block of 16 rows, two rows at a time
+TRIT_INLINE void interleave_block(int depth, const char * x, size_t row_size, char * strip) {
+    const int n_quads   = TRIT_WORDS(depth)/4;
+    const int pair_size = TRIT_WORDS(depth)%4/2*4;
+    const int rest_size = TRIT_WORDS(depth)%2*2;
+
+    for (int row = 0; row < TRIT_STRIP; row += 2, x += 2*row_size) {
+        const char * next = x + row_size;
+        char * quads = strip + row%4/2*64 + row/4*16;
+        TRIT_UNROLL
+        for (int i = 0; i + 2 <= n_quads; i += 2) {
+            const __m128i a = _mm_loadu_si128((const __m128i *) (x    + 8*i));
+            const __m128i b = _mm_loadu_si128((const __m128i *) (next + 8*i));
+            _mm_storeu_si128((__m128i *) (quads + 128*i),       _mm_unpacklo_epi64(a, b));
+            _mm_storeu_si128((__m128i *) (quads + 128*i + 128), _mm_unpackhi_epi64(a, b));
+        }
+        if (n_quads%2) {
+            const __m128i a = _mm_loadl_epi64((const __m128i *) (x    + 8*(n_quads - 1)));
+            const __m128i b = _mm_loadl_epi64((const __m128i *) (next + 8*(n_quads - 1)));
+            _mm_storeu_si128((__m128i *) (quads + 128*(n_quads - 1)), _mm_unpacklo_epi64(a, b));
+        }
+        TRIT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const char * rest  = x + i*row_size + 8*n_quads;
+            char       * pairs = strip + 128*n_quads;
+            memcpy(pairs + (row + i)*pair_size, rest, pair_size);
+            memcpy(pairs + TRIT_STRIP*pair_size + (row + i)*rest_size, rest + pair_size, rest_size);
+        }
     }
 }
 
-// The next strip follows in memory, so that one can be fetched across the ends of strips and pages, where the hardware stops.
-TRIT_INLINE void prefetch_block(int depth, const uint16_t * words) {
-    const char * ahead = (const char *) words + TRIT_PREFETCH;
+#endif
+
+TRIT_INLINE void interleave(int depth, int64_t n_blocks, const char * x, size_t row_size, char * strip) {
+    const size_t block_size = TRIT_WORDS(depth)*sizeof(uint16_t);
+    for (int64_t ib = 0; ib < n_blocks; ++ib) {
+        interleave_block(depth, x + ib*block_size, row_size, strip + ib*TRIT_STRIP*block_size);
+    }
+}
+
+void ggml_trit_interleave(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size, void * GGML_RESTRICT strip) {
+    if (n_rows < TRIT_STRIP) {
+        ggml_trit_interleave_generic(depth, n_blocks, n_rows, x, row_size, strip);
+        return;
+    }
+    switch (depth) {
+        case 1: interleave(1, n_blocks, x, row_size, strip); break;
+        case 2: interleave(2, n_blocks, x, row_size, strip); break;
+        case 3: interleave(3, n_blocks, x, row_size, strip); break;
+        case 4: interleave(4, n_blocks, x, row_size, strip); break;
+    }
+}
+
+//
+// products
+//
+
+// Sixteen rows: a strip, or, if they have a row_size, as they are in a file. These are interleaved on the way, block by block.
+struct source {
+    const char * data;
+    size_t       row_size;
+};
+
+// What comes next is the next strip, or the next rows; all of a strip lies together in both. So data can be fetched across
+// the ends of pages, where the hardware stops, and of rows, of which it can follow a few only.
+TRIT_INLINE void prefetch_block(int depth, struct source x, int64_t ib) {
+    const size_t size  = TRIT_STRIP*TRIT_WORDS(depth)*sizeof(uint16_t);
+    const char * ahead = x.data + ib*size + (x.row_size > 0 ? TRIT_STRIP*x.row_size : TRIT_PREFETCH);
     TRIT_UNROLL
-    for (int i = 0; i < TRIT_STRIP*TRIT_WORDS(depth)*2; i += 64) {
+    for (size_t i = 0; i < size; i += 64) {
         _mm_prefetch(ahead + i, _MM_HINT_T0);
     }
 }
 
 // few columns: blocks are unpacked to registers
-TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, const uint16_t * words,
+TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, struct source rows,
         int n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
     vfloat acc[TRIT_STRIP/TRIT_LANES][TRIT_FEW_COLUMNS];
     TRIT_UNROLL
     for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
-        TRIT_UNROLL
-        for (int c = 0; c < n_cols; ++c) {
-            acc[i][c] = V(setzero_ps)();
-        }
+        first_sums(n_cols, acc[i], s, row0 + i*TRIT_LANES, accumulate);
     }
-    for (int64_t ib = 0; ib < n_blocks; ++ib, words += TRIT_STRIP*TRIT_WORDS(depth)) {
-        prefetch_block(depth, words);
+    float anchors[8];
+    init_anchors(depth, anchors);
+
+    for (int64_t ib = 0; ib < n_blocks; ++ib) {
+        prefetch_block(depth, rows, ib);
+
+        uint16_t interleaved[TRIT_STRIP*TRIT_WORDS(4)];
+        const uint16_t * words = (const uint16_t *) rows.data + ib*TRIT_STRIP*TRIT_WORDS(depth);
+        if (rows.row_size > 0) {
+            interleave_block(depth, rows.data + ib*TRIT_WORDS(depth)*sizeof(uint16_t), rows.row_size, (char *) interleaved);
+            words = interleaved;
+        }
         TRIT_UNROLL
         for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
             struct strip_block x;
-            unpack_block(depth, words, i*TRIT_LANES, &x);
+            unpack_block(depth, anchors, words, i*TRIT_LANES, &x);
             dot_block(depth, &x, n_cols, y, y_block0 + ib, acc[i]);
         }
     }
     TRIT_UNROLL
     for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
-        store_sums(n_cols, acc[i], s, row0 + i*TRIT_LANES, accumulate);
+        store_sums(n_cols, acc[i], s, row0 + i*TRIT_LANES);
     }
 }
 
@@ -408,30 +647,39 @@ TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, const uint16_t * wo
 TRIT_INLINE void tile_columns(int depth, int64_t n_blocks, const struct strip_block * x,
         int n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
     vfloat acc[TRIT_MAX_COLS];
-    TRIT_UNROLL
-    for (int c = 0; c < n_cols; ++c) {
-        acc[c] = V(setzero_ps)();
-    }
+    first_sums(n_cols, acc, s, row0, accumulate);
     for (int64_t ib = 0; ib < n_blocks; ++ib) {
         dot_block(depth, x + ib, n_cols, y, y_block0 + ib, acc);
     }
-    store_sums(n_cols, acc, s, row0, accumulate);
+    store_sums(n_cols, acc, s, row0);
+}
+
+TRIT_INLINE void few_columns(int depth, int64_t n_blocks, struct source rows,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    switch (n_cols) {
+        case 1: stream_columns(depth, n_blocks, rows, 1, y, y_block0, s, row0, accumulate); break;
+        case 2: stream_columns(depth, n_blocks, rows, 2, y, y_block0, s, row0, accumulate); break;
+        case 3: stream_columns(depth, n_blocks, rows, 3, y, y_block0, s, row0, accumulate); break;
+        case 4: stream_columns(depth, n_blocks, rows, 4, y, y_block0, s, row0, accumulate); break;
+    }
 }
 
 TRIT_INLINE void gemm_strip(int depth, int64_t n_blocks, const uint16_t * words,
         int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
-    switch (n_cols) {
-        case 1: stream_columns(depth, n_blocks, words, 1, y, y_block0, s, row0, accumulate); return;
-        case 2: stream_columns(depth, n_blocks, words, 2, y, y_block0, s, row0, accumulate); return;
-        case 3: stream_columns(depth, n_blocks, words, 3, y, y_block0, s, row0, accumulate); return;
-        case 4: stream_columns(depth, n_blocks, words, 4, y, y_block0, s, row0, accumulate); return;
+    if (n_cols <= TRIT_FEW_COLUMNS) {
+        const struct source strip = { (const char *) words, 0 };
+        few_columns(depth, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate);
+        return;
     }
     assert(n_blocks <= TRIT_TILE_BLOCKS);
+
+    float anchors[8];
+    init_anchors(depth, anchors);
 
     for (int lane0 = 0; lane0 < TRIT_STRIP; lane0 += TRIT_LANES) {
         struct strip_block tile[TRIT_TILE_BLOCKS];
         for (int64_t ib = 0; ib < n_blocks; ++ib) {
-            unpack_block(depth, words + ib*TRIT_STRIP*TRIT_WORDS(depth), lane0, tile + ib);
+            unpack_block(depth, anchors, words + ib*TRIT_STRIP*TRIT_WORDS(depth), lane0, tile + ib);
         }
         int64_t c = 0;
         for (; c + TRIT_MAX_COLS <= n_cols; c += TRIT_MAX_COLS) {
@@ -485,6 +733,21 @@ void ggml_trit_gemm_strip(int depth, int64_t n_blocks, const void * GGML_RESTRIC
         case 2: gemm_strip(2, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
         case 3: gemm_strip(3, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
         case 4: gemm_strip(4, n_blocks, strip, n_cols, y, y_block0, s, row0, accumulate); break;
+    }
+}
+
+void ggml_trit_gemm_rows(int depth, int64_t n_blocks, int n_rows, const void * GGML_RESTRICT x, size_t row_size,
+        int64_t n_cols, const struct trit_activations * const * y, int64_t y_block0, float * const * s, int64_t row0, bool accumulate) {
+    if (n_rows < TRIT_STRIP || n_cols > TRIT_FEW_COLUMNS) {
+        ggml_trit_gemm_rows_generic(depth, n_blocks, n_rows, x, row_size, n_cols, y, y_block0, s, row0, accumulate);
+        return;
+    }
+    const struct source rows = { x, row_size };
+    switch (depth) {
+        case 1: few_columns(1, n_blocks, rows, n_cols, y, y_block0, s, row0, accumulate); break;
+        case 2: few_columns(2, n_blocks, rows, n_cols, y, y_block0, s, row0, accumulate); break;
+        case 3: few_columns(3, n_blocks, rows, n_cols, y, y_block0, s, row0, accumulate); break;
+        case 4: few_columns(4, n_blocks, rows, n_cols, y, y_block0, s, row0, accumulate); break;
     }
 }
 
