@@ -47,14 +47,17 @@ static inline void unpack(int depth, const uint16_t * words, struct ggml_trit_bl
     int8_t  * code = block->code;
     uint8_t * k    = block->k;
 
-    // codes that the words of quads begin with
+    // codes that the words of quads begin with, those of a quad side by side
     const int n_codes = TRIT_CODES_PER_WORD(depth);
-    for (int l = 0; l < 4*TRIT_QUADS(depth); ++l) {
-        uint16_t rest = words[l];
+    for (int p = 0; p < TRIT_QUADS(depth); ++p) {
+        uint16_t rest[4];
+        memcpy(rest, words + 4*p, sizeof(rest));
         for (int j = 0; j < n_codes; ++j) {
-            const uint32_t product = (uint32_t) rest*TRIT_LEVELS(depth);
-            code[l/4*4*n_codes + 4*j + l%4] = (int) (product >> 16) - TRIT_OFFSET(depth);
-            rest = product;
+            for (int lane = 0; lane < 4; ++lane) {
+                const uint32_t product = (uint32_t) rest[lane]*TRIT_LEVELS(depth);
+                code[4*(n_codes*p + j) + lane] = (int) (product >> 16) - TRIT_OFFSET(depth);
+                rest[lane] = product;
+            }
         }
     }
 
@@ -182,33 +185,41 @@ void ggml_trit_pack(int depth, const struct ggml_trit_block * block, uint16_t * 
 // validation
 //
 
-// Whether all words are fractions of 3^10, rounded up: q = (v*2^16 + r)/3^10, 0 <= r < 3^10, so r is q*3^10 modulo 2^16.
-static bool are_encodings(const uint16_t * words, size_t n) {
+// How wrong blocks are: 0 where they are as the format has them. Loops that do not stop at the first become vector code.
+static inline uint16_t wrong_bits(int depth, const uint16_t * words, size_t n_blocks) {
+    const size_t n_words = TRIT_WORDS(depth);
+
+    // words are fractions of 3^10, rounded up: q = (v*2^16 + r)/3^10, 0 <= r < 3^10, so r is q*3^10 modulo 2^16
     uint16_t wrong = 0;
-    for (size_t i = 0; i < n; ++i) {
+    for (size_t i = 0; i < n_blocks*n_words; ++i) {
         wrong |= (uint16_t) (words[i]*59049u) >= 59049u;
     }
-    return !wrong;
+
+    // reserved trits: the last of each word of a quad, and the last two of the last word
+    if (depth == 1 || depth == 3) {
+        const uint16_t * quads = words + (depth == 1 ? 4 : 16);
+        uint16_t lanes[4] = { 0, 0, 0, 0 };
+        for (size_t i = 0; i < n_blocks; ++i) {
+            for (int lane = 0; lane < 4; ++lane) {
+                lanes[lane] |= field(quads[i*n_words + lane], 19683, LEVELS_1) ^ TRIT_RESERVED;
+            }
+        }
+        wrong |= lanes[0] | lanes[1] | lanes[2] | lanes[3];
+    }
+    if (depth >= 3) {
+        for (size_t i = 0; i < n_blocks; ++i) {
+            wrong |= field(words[i*n_words + n_words - 1], 6561, LEVELS_2) ^ RESERVED_2;
+        }
+    }
+    return wrong;
 }
 
-
-static bool reserved_trits_are_valid(int depth, const uint16_t * words) {
-    bool valid = true;
-    switch (depth) {
-        case 1:
-            for (int l = 4; l < 8; ++l) {
-                valid &= field(words[l], 19683, LEVELS_1) == TRIT_RESERVED;
-            }
-            return valid;
-        case 3:
-            for (int l = 16; l < 20; ++l) {
-                valid &= field(words[l], 19683, LEVELS_1) == TRIT_RESERVED;
-            }
-            return valid & (field(words[20], 6561, LEVELS_2) == RESERVED_2);
-        case 4:
-            return field(words[26], 6561, LEVELS_2) == RESERVED_2;
-        default:
-            return true;
+static bool are_valid(int depth, const uint16_t * words, size_t n_blocks) {
+    switch (depth) { // so that the depth is a constant
+        case 1:  return wrong_bits(1, words, n_blocks) == 0;
+        case 2:  return wrong_bits(2, words, n_blocks) == 0;
+        case 3:  return wrong_bits(3, words, n_blocks) == 0;
+        default: return wrong_bits(4, words, n_blocks) == 0;
     }
 }
 
@@ -217,16 +228,11 @@ bool ggml_trit_validate_row(int depth, const void * data, size_t n_blocks) {
 
     const uint16_t * words = (const uint16_t *) data;
     for (size_t first = 0; first < n_blocks; first += AT_A_TIME) {
-        const size_t n = MIN(n_blocks - first, (size_t) AT_A_TIME);
-        bool valid = are_encodings(words + first*n_words[depth], n*n_words[depth]);
-        for (size_t i = first; i < first + n; ++i) {
-            valid &= reserved_trits_are_valid(depth, words + i*n_words[depth]);
-        }
-        if (valid) {
+        if (are_valid(depth, words + first*n_words[depth], MIN(n_blocks - first, (size_t) AT_A_TIME))) {
             continue;
         }
         size_t i = first;
-        while (are_encodings(words + i*n_words[depth], n_words[depth]) && reserved_trits_are_valid(depth, words + i*n_words[depth])) {
+        while (are_valid(depth, words + i*n_words[depth], 1)) {
             ++i;
         }
         fprintf(stderr, "ggml_validate_row_data: block %zu is not TRIT%d data (file damaged, or weights that the type cannot hold)\n", i, depth);
