@@ -34,8 +34,8 @@ enum {
 };
 
 // a field of a word: factor is 3^j for one that begins with trit j, levels 3^n for n trits
-static inline int field(uint16_t word, uint32_t factor, uint32_t levels) {
-    return (word*factor & 0xffff)*levels >> 16;
+static inline uint16_t field(uint16_t word, uint16_t factor, uint16_t levels) {
+    return (uint32_t) (uint16_t) (word*factor)*levels >> 16;
 }
 
 // a number of ten trits as a fixed-point fraction of 3^10, rounded up
