@@ -41,6 +41,7 @@ TRIT_INLINE vint v_or(vint a, vint b)       { return _mm512_or_si512(a, b); }
 TRIT_INLINE vint v_and(vint a, vint b)      { return _mm512_and_si512(a, b); }
 TRIT_INLINE vint v_table(__m128i t)         { return _mm512_broadcast_i32x4(t); }
 TRIT_INLINE vfloat v_as_float(vint a)       { return _mm512_castsi512_ps(a); }
+TRIT_INLINE vint v_high_half(vint a, vint b) { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, b); } // that of each lane from b
 TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm512_permutexvar_epi32(i, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) table))); }
 #elif defined(__AVX2__)
 #define TRIT_LANES    8
@@ -60,6 +61,7 @@ TRIT_INLINE vint v_or(vint a, vint b)       { return _mm256_or_si256(a, b); }
 TRIT_INLINE vint v_and(vint a, vint b)      { return _mm256_and_si256(a, b); }
 TRIT_INLINE vint v_table(__m128i t)         { return _mm256_broadcastsi128_si256(t); }
 TRIT_INLINE vfloat v_as_float(vint a)       { return _mm256_castsi256_ps(a); }
+TRIT_INLINE vint v_high_half(vint a, vint b) { return _mm256_blend_epi16(a, b, 0xaa); } // that of each lane from b
 TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm256_permutevar8x32_epi32(v_load(table), i); }
 #else
 #define TRIT_LANES    4
@@ -328,11 +330,18 @@ TRIT_INLINE vint widen_ratio(vint ratio) {
 #endif
 }
 
-TRIT_INLINE void unpack_ratios(vint k, vint ratio[NG_TRIT]) {
+TRIT_INLINE void unpack_ratios(int depth, vint k, vint ratio[NG_TRIT]) {
     vint even;
     vint odd;
     lookup_ratios(k, &even, &odd);
     const vint low = V(set1_epi32)(0xffff);
+#if TRIT_VNNI
+    if (depth < 4) {
+        ratio[1] = v_and(odd, low);
+        ratio[2] = v_high_half(V(srli_epi32)(even, 16), odd); // of groups 2 and 3
+        return;
+    }
+#endif
     ratio[0] = widen_ratio(V(set1_epi32)(TRIT_RATIO_ONE));
     ratio[1] = widen_ratio(v_and(odd, low));
     ratio[2] = widen_ratio(V(srli_epi32)(even, 16));
@@ -365,7 +374,7 @@ TRIT_INLINE vfloat unpack_anchor(const float * anchors, vint k) {
 
 TRIT_INLINE void unpack_block(int depth, const float * anchors, const uint16_t * words, int lane0, struct strip_block * x) {
     const vint k = unpack_codes(depth, words, lane0, x->code);
-    unpack_ratios(k, x->ratio);
+    unpack_ratios(depth, k, x->ratio);
     x->anchor = unpack_anchor(anchors, k);
 }
 
@@ -388,17 +397,29 @@ TRIT_INLINE vint dot_4(vint sum, vint code, vint q) {
 #endif
 }
 
-TRIT_INLINE vint add_scaled(int depth, vint isum, vint sum, vint ratio) {
-#if TRIT_VNNI
-    return depth < 4 ? v_dpwssd(isum, sum, ratio) : V(add_epi32)(isum, V(mullo_epi32)(sum, ratio));
-#else
-    (void) depth;
-    return V(add_epi32)(isum, V(madd_epi16)(sum, ratio));
-#endif
-}
-
 static inline int sums_per_group(int depth) {
     return depth == 4 && !TRIT_VNNI ? 2 : 1;
+}
+
+// Sums of the groups of a half times their ratios. With VNNI, a sum has 16 bits up to depth 3.
+TRIT_INLINE vint scaled_sum(int depth, int half, const vint * sum, const vint * ratio) {
+#if TRIT_VNNI
+    if (depth < 4 && half == 0) {
+        return v_dpwssd(V(slli_epi32)(sum[0], 10), sum[1], ratio[1]); // TRIT_RATIO_ONE is 2^10
+    }
+    if (depth < 4) {
+        return V(madd_epi16)(v_high_half(sum[0], V(slli_epi32)(sum[1], 16)), ratio[2]);
+    }
+    return V(add_epi32)(V(mullo_epi32)(sum[0], ratio[2*half]), V(mullo_epi32)(sum[1], ratio[2*half + 1]));
+#else
+    const int n = sums_per_group(depth);
+    vint isum = V(madd_epi16)(sum[0], ratio[2*half]);
+    TRIT_UNROLL
+    for (int i = 1; i < 2*n; ++i) {
+        isum = V(add_epi32)(isum, V(madd_epi16)(sum[i], ratio[2*half + i/n]));
+    }
+    return isum;
+#endif
 }
 
 // acc[c] += block x times block ib of column c
@@ -408,34 +429,26 @@ TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, 
 
     TRIT_UNROLL
     for (int half = 0; half < 2; ++half) {
-        vint isum[TRIT_MAX_COLS];
+        vint sum[TRIT_MAX_COLS][4];
         TRIT_UNROLL
-        for (int c = 0; c < n_cols; ++c) {
-            isum[c] = V(set1_epi32)(0);
-        }
-        TRIT_UNROLL
-        for (int i = 2*half*n_sums; i < 2*(half + 1)*n_sums; ++i) {
-            vint sum[TRIT_MAX_COLS];
+        for (int i = 0; i < 2*n_sums; ++i) {
+            const int first = 2*half*n_sums + i;
             TRIT_UNROLL
             for (int c = 0; c < n_cols; ++c) {
-                sum[c] = V(set1_epi32)(y[c][ib].bias[i]);
+                sum[c][i] = V(set1_epi32)(y[c][ib].bias[first]);
             }
             TRIT_UNROLL
-            for (int j = 4*i/n_sums; j < 4*(i + 1)/n_sums; ++j) {
+            for (int j = 4*first/n_sums; j < 4*(first + 1)/n_sums; ++j) {
                 TRIT_UNROLL
                 for (int c = 0; c < n_cols; ++c) {
-                    sum[c] = dot_4(sum[c], x->code[j], broadcast_4(y[c][ib].qs + 4*j));
+                    sum[c][i] = dot_4(sum[c][i], x->code[j], broadcast_4(y[c][ib].qs + 4*j));
                 }
-            }
-            TRIT_UNROLL
-            for (int c = 0; c < n_cols; ++c) {
-                isum[c] = add_scaled(depth, isum[c], sum[c], x->ratio[i/n_sums]);
             }
         }
         TRIT_UNROLL
         for (int c = 0; c < n_cols; ++c) {
             const vfloat d = V(set1_ps)(y[c][ib].d[half]);
-            const vfloat s = V(cvtepi32_ps)(isum[c]);
+            const vfloat s = V(cvtepi32_ps)(scaled_sum(depth, half, sum[c], x->ratio));
             sumf[c] = half == 0 ? V(mul_ps)(s, d) : v_multiply_add(s, d, sumf[c]);
         }
     }
