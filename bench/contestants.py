@@ -14,7 +14,7 @@ from tritrun.peers import quantize
 from tritrun.tools import fingerprint
 
 _SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-_LLAMA = Shape("llama", 2048, 8192, layers=8, heads=32, kv_heads=32, vocabulary=32000, tied=False)
+_LLAMA = Shape("llama", 2048, 8192, layers=8, heads=32, kv_heads=32, vocabulary=49152, tied=False)
 _QWEN2 = Shape("qwen2", 896, 4864, layers=24, heads=14, kv_heads=2, vocabulary=32000, tied=True)
 _QWEN2_FULL = Shape("qwen2", 896, 4864, layers=24, heads=14, kv_heads=2, vocabulary=151936, tied=True)
 
