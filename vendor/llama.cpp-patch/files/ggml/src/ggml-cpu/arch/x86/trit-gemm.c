@@ -155,6 +155,14 @@ TRIT_INLINE struct quad quad_rest(struct quad q, int radix) {
     return q;
 }
 
+// Two fields of two trits. The second is the rest of a field of both, in bytes: that is one multiplication less for
+// each word, and bytes are half as many registers.
+TRIT_INLINE struct quad unpack_two_pairs(struct quad q, vint pair[2]) {
+    pair[0] = quad_field(q, 9);
+    pair[1] = V(sub_epi8)(quad_field(q, 81), V(add_epi8)(pair[0], V(slli_epi16)(pair[0], 3)));
+    return quad_rest(q, 81);
+}
+
 // the first n codes of the words of quad i; what remains of the words
 TRIT_INLINE struct quad unpack_quad(const uint16_t * words, int lane0, int i, int n, int radix, vint * code) {
     struct quad q = quad_load(words, lane0, i);
@@ -246,7 +254,9 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
         TRIT_UNROLL
         for (int i = 0; i < 2; ++i) {
             vint pair[4];
-            q[i] = unpack_quad(words, lane0, i, 4, 9, pair);
+            q[i] = quad_load(words, lane0, i);
+            q[i] = unpack_two_pairs(q[i], pair);
+            q[i] = unpack_two_pairs(q[i], pair + 2);
             TRIT_UNROLL
             for (int j = 0; j < 4; ++j) {
                 code[8*i + 2*j + 0] = V(shuffle_epi8)(first,  pair[j]);
@@ -258,7 +268,10 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
     if (depth == 2) {
         TRIT_UNROLL
         for (int i = 0; i < 3; ++i) {
-            unpack_quad(words, lane0, i, 5, 9, code + 5*i);
+            struct quad q = quad_load(words, lane0, i);
+            q = unpack_two_pairs(q, code + 5*i);
+            q = unpack_two_pairs(q, code + 5*i + 2);
+            code[5*i + 4] = quad_field(q, 9);
         }
         return unpack_last_pair(words, lane0, code);
     }
