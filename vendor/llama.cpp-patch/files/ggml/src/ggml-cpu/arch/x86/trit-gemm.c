@@ -31,18 +31,20 @@
 typedef __m512i vint;
 typedef __m512  vfloat;
 
-TRIT_INLINE vint v_load(const void * p)     { return _mm512_loadu_si512(p); }
-TRIT_INLINE vint v_load_twice(const void * p) { // each word
+TRIT_INLINE vint   v_load(const void * p)        { return _mm512_loadu_si512(p); }
+TRIT_INLINE vint   v_or(vint a, vint b)          { return _mm512_or_si512(a, b); }
+TRIT_INLINE vint   v_and(vint a, vint b)         { return _mm512_and_si512(a, b); }
+TRIT_INLINE vint   v_upper_half(vint a, vint b)  { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, b); } // of each lane from b
+TRIT_INLINE vfloat v_as_float(vint a)            { return _mm512_castsi512_ps(a); }
+TRIT_INLINE vint   v_table(__m128i t)            { return _mm512_broadcast_i32x4(t); }
+TRIT_INLINE vint   v_lookup_8(const float * table, vint i) {
+    return _mm512_permutexvar_epi32(i, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) table)));
+}
+TRIT_INLINE vint   v_load_twice(const void * p) { // each word
     return _mm512_permutexvar_epi16(
         _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0),
         _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) p)));
 }
-TRIT_INLINE vint v_or(vint a, vint b)       { return _mm512_or_si512(a, b); }
-TRIT_INLINE vint v_and(vint a, vint b)      { return _mm512_and_si512(a, b); }
-TRIT_INLINE vint v_table(__m128i t)         { return _mm512_broadcast_i32x4(t); }
-TRIT_INLINE vfloat v_as_float(vint a)       { return _mm512_castsi512_ps(a); }
-TRIT_INLINE vint v_high_half(vint a, vint b) { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, b); } // that of each lane from b
-TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm512_permutexvar_epi32(i, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) table))); }
 #elif defined(__AVX2__)
 #define TRIT_LANES    8
 #define TRIT_VECTOR_REGISTER "x"
@@ -51,18 +53,18 @@ TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm512_permute
 typedef __m256i vint;
 typedef __m256  vfloat;
 
-TRIT_INLINE vint v_load(const void * p)     { return _mm256_loadu_si256((const __m256i *) p); }
-TRIT_INLINE vint v_load_twice(const void * p) { // each word
+TRIT_INLINE vint   v_load(const void * p)        { return _mm256_loadu_si256((const __m256i *) p); }
+TRIT_INLINE vint   v_or(vint a, vint b)          { return _mm256_or_si256(a, b); }
+TRIT_INLINE vint   v_and(vint a, vint b)         { return _mm256_and_si256(a, b); }
+TRIT_INLINE vint   v_upper_half(vint a, vint b)  { return _mm256_blend_epi16(a, b, 0xaa); } // of each lane from b
+TRIT_INLINE vfloat v_as_float(vint a)            { return _mm256_castsi256_ps(a); }
+TRIT_INLINE vint   v_table(__m128i t)            { return _mm256_broadcastsi128_si256(t); }
+TRIT_INLINE vint   v_lookup_8(const float * table, vint i) { return _mm256_permutevar8x32_epi32(v_load(table), i); }
+TRIT_INLINE vint   v_load_twice(const void * p) { // each word
     return _mm256_shuffle_epi8(
         _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)),
         _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9, 8, 9, 10, 11, 10, 11, 12, 13, 12, 13, 14, 15, 14, 15));
 }
-TRIT_INLINE vint v_or(vint a, vint b)       { return _mm256_or_si256(a, b); }
-TRIT_INLINE vint v_and(vint a, vint b)      { return _mm256_and_si256(a, b); }
-TRIT_INLINE vint v_table(__m128i t)         { return _mm256_broadcastsi128_si256(t); }
-TRIT_INLINE vfloat v_as_float(vint a)       { return _mm256_castsi256_ps(a); }
-TRIT_INLINE vint v_high_half(vint a, vint b) { return _mm256_blend_epi16(a, b, 0xaa); } // that of each lane from b
-TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm256_permutevar8x32_epi32(v_load(table), i); }
 #else
 #define TRIT_LANES    4
 #define TRIT_VECTOR_REGISTER "x"
@@ -71,18 +73,18 @@ TRIT_INLINE vint v_lookup_8(const float * table, vint i) { return _mm256_permute
 typedef __m128i vint;
 typedef __m128  vfloat;
 
-TRIT_INLINE vint v_load(const void * p)     { return _mm_loadu_si128((const __m128i *) p); }
-TRIT_INLINE vint v_load_twice(const void * p) { // each word
-    const __m128i words = _mm_loadl_epi64((const __m128i *) p);
-    return _mm_unpacklo_epi16(words, words);
-}
-TRIT_INLINE vint v_or(vint a, vint b)       { return _mm_or_si128(a, b); }
-TRIT_INLINE vint v_and(vint a, vint b)      { return _mm_and_si128(a, b); }
-TRIT_INLINE vint v_table(__m128i t)         { return t; }
-TRIT_INLINE vfloat v_as_float(vint a)       { return _mm_castsi128_ps(a); }
-TRIT_INLINE vint v_lookup_8(const float * table, vint i) {
+TRIT_INLINE vint   v_load(const void * p)        { return _mm_loadu_si128((const __m128i *) p); }
+TRIT_INLINE vint   v_or(vint a, vint b)          { return _mm_or_si128(a, b); }
+TRIT_INLINE vint   v_and(vint a, vint b)         { return _mm_and_si128(a, b); }
+TRIT_INLINE vfloat v_as_float(vint a)            { return _mm_castsi128_ps(a); }
+TRIT_INLINE vint   v_table(__m128i t)            { return t; }
+TRIT_INLINE vint   v_lookup_8(const float * table, vint i) {
     return _mm_castps_si128(_mm_setr_ps(
         table[_mm_extract_epi16(i, 0)], table[_mm_extract_epi16(i, 2)], table[_mm_extract_epi16(i, 4)], table[_mm_extract_epi16(i, 6)]));
+}
+TRIT_INLINE vint   v_load_twice(const void * p) { // each word
+    const __m128i words = _mm_loadl_epi64((const __m128i *) p);
+    return _mm_unpacklo_epi16(words, words);
 }
 #endif
 
@@ -110,7 +112,7 @@ TRIT_INLINE vfloat v_multiply_add(vfloat a, vfloat b, vfloat c) {
 // a block of TRIT_LANES rows
 struct strip_block {
     vint   code[16];       // of weights 4i..4i+3: a byte each, plus the offset
-    vint   ratio[NG_TRIT]; // as v_scale needs it
+    vint   ratio[NG_TRIT]; // as scaled_sum needs them
     vfloat anchor;
 };
 
@@ -155,14 +157,6 @@ TRIT_INLINE struct quad quad_rest(struct quad q, int radix) {
     return q;
 }
 
-// Two fields of two trits. The second is the rest of a field of both, in bytes: that is one multiplication less for
-// each word, and bytes are half as many registers.
-TRIT_INLINE struct quad unpack_two_pairs(struct quad q, vint pair[2]) {
-    pair[0] = quad_field(q, 9);
-    pair[1] = V(sub_epi8)(quad_field(q, 81), V(add_epi8)(pair[0], V(slli_epi16)(pair[0], 3)));
-    return quad_rest(q, 81);
-}
-
 // the first n codes of the words of quad i; what remains of the words
 TRIT_INLINE struct quad unpack_quad(const uint16_t * words, int lane0, int i, int n, int radix, vint * code) {
     struct quad q = quad_load(words, lane0, i);
@@ -174,11 +168,12 @@ TRIT_INLINE struct quad unpack_quad(const uint16_t * words, int lane0, int i, in
     return q;
 }
 
+// The next four codes of depth 1, or two of depth 2, are a field of 81 values. Both functions return what remains of the words.
+
 #if TRIT_LANES == 16 && defined(__AVX512VBMI__) && defined(__AVX512BF16__) && !defined(__AMX_TILE__)
 
-// Tables take fields of four trits apart: half the multiplications, or a quarter. A lookup in 128 bytes is one operation on
-// AMD's CPUs and three on Intel's, so this is for those that know bfloat16, and not AMX.
-#define TRIT_BYTE_TABLES
+// Tables take the field apart. A lookup in 128 bytes is one operation on AMD's CPUs and three on Intel's, so this is for
+// those that know bfloat16, and not AMX.
 
 #define X3(...) __VA_ARGS__, __VA_ARGS__, __VA_ARGS__
 #define X9(...) X3(X3(__VA_ARGS__))
@@ -198,6 +193,44 @@ TRIT_INLINE vint look_up(const uint8_t * table, vint i) {
     return _mm512_permutex2var_epi8(v_load(table), i, v_load(table + 64));
 }
 
+TRIT_INLINE struct quad unpack_trits(struct quad q, vint code[4]) {
+    const vint four = quad_field(q, 81);
+    TRIT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        code[i] = look_up(trits_of_field[i], four);
+    }
+    return quad_rest(q, 81);
+}
+
+TRIT_INLINE struct quad unpack_pairs(struct quad q, vint code[2]) {
+    const vint four = quad_field(q, 81);
+    code[0] = look_up(pairs_of_field[0], four);
+    code[1] = look_up(pairs_of_field[1], four);
+    return quad_rest(q, 81);
+}
+
+#else
+
+// the second pair is what the field has besides the first, in bytes: a multiplication less for each word
+TRIT_INLINE struct quad unpack_pairs(struct quad q, vint code[2]) {
+    code[0] = quad_field(q, 9);
+    code[1] = V(sub_epi8)(quad_field(q, 81), V(add_epi8)(code[0], V(slli_epi16)(code[0], 3)));
+    return quad_rest(q, 81);
+}
+
+TRIT_INLINE struct quad unpack_trits(struct quad q, vint code[4]) {
+    const vint first  = v_table(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
+    const vint second = v_table(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
+    vint pair[2];
+    q = unpack_pairs(q, pair);
+    TRIT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        code[2*i + 0] = V(shuffle_epi8)(first,  pair[i]);
+        code[2*i + 1] = V(shuffle_epi8)(second, pair[i]);
+    }
+    return q;
+}
+
 #endif
 
 // two scale indexes of a pair of words: k0, k1 of the one, k2, k3 of the other
@@ -205,63 +238,15 @@ TRIT_INLINE vint pair_scales(vint pair) {
     return v_or(field(pair, 27), V(slli_epi16)(field(rest(pair, 27), 27), 8));
 }
 
-// the last words of depth 2
-TRIT_INLINE vint unpack_last_pair(const uint16_t * words, int lane0, vint code[16]) {
-    vint pair = v_load(words + 12*TRIT_STRIP + 2*lane0);
-    const vint w0 = field(pair, 9);
-    pair = rest(pair, 9);
-    const vint w1 = field(pair, 9);
-    pair = rest(pair, 9);
-    code[15] = v_or(w0, V(slli_epi16)(w1, 8));
-    return pair_scales(pair);
-}
-
 // codes of the rows from lane0 on; returns the bytes k0..k3 of each row
 TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint code[16]) {
-#ifdef TRIT_BYTE_TABLES
     if (depth == 1) {
         struct quad q[2];
         TRIT_UNROLL
         for (int i = 0; i < 2; ++i) {
-            vint four[2];
-            q[i] = unpack_quad(words, lane0, i, 2, 81, four);
-            TRIT_UNROLL
-            for (int j = 0; j < 8; ++j) {
-                code[8*i + j] = look_up(trits_of_field[j%4], four[j/4]);
-            }
-        }
-        return V(packus_epi16)(mul3_add(field(q[0].a, 9), field(q[1].a, 3)), mul3_add(field(q[0].b, 9), field(q[1].b, 3)));
-    }
-    if (depth == 2) {
-        TRIT_UNROLL
-        for (int i = 0; i < 3; ++i) {
-            vint four[2];
-            const struct quad last = unpack_quad(words, lane0, i, 2, 81, four);
-            TRIT_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                code[5*i + j] = look_up(pairs_of_field[j%2], four[j/2]);
-            }
-            code[5*i + 4] = quad_field(last, 9);
-        }
-        return unpack_last_pair(words, lane0, code);
-    }
-#endif
-    if (depth == 1) {
-        // pairs of codes, which tables take apart: half the multiplications
-        const vint first  = v_table(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
-        const vint second = v_table(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
-        struct quad q[2];
-        TRIT_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            vint pair[4];
             q[i] = quad_load(words, lane0, i);
-            q[i] = unpack_two_pairs(q[i], pair);
-            q[i] = unpack_two_pairs(q[i], pair + 2);
-            TRIT_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                code[8*i + 2*j + 0] = V(shuffle_epi8)(first,  pair[j]);
-                code[8*i + 2*j + 1] = V(shuffle_epi8)(second, pair[j]);
-            }
+            q[i] = unpack_trits(q[i], code + 8*i);
+            q[i] = unpack_trits(q[i], code + 8*i + 4);
         }
         return V(packus_epi16)(mul3_add(field(q[0].a, 9), field(q[1].a, 3)), mul3_add(field(q[0].b, 9), field(q[1].b, 3)));
     }
@@ -269,11 +254,17 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
         TRIT_UNROLL
         for (int i = 0; i < 3; ++i) {
             struct quad q = quad_load(words, lane0, i);
-            q = unpack_two_pairs(q, code + 5*i);
-            q = unpack_two_pairs(q, code + 5*i + 2);
+            q = unpack_pairs(q, code + 5*i);
+            q = unpack_pairs(q, code + 5*i + 2);
             code[5*i + 4] = quad_field(q, 9);
         }
-        return unpack_last_pair(words, lane0, code);
+        vint pair = v_load(words + 12*TRIT_STRIP + 2*lane0);
+        const vint w0 = field(pair, 9);
+        pair = rest(pair, 9);
+        const vint w1 = field(pair, 9);
+        pair = rest(pair, 9);
+        code[15] = v_or(w0, V(slli_epi16)(w1, 8));
+        return pair_scales(pair);
     }
     if (depth == 3) {
         struct quad q[5];
@@ -351,7 +342,7 @@ TRIT_INLINE void unpack_ratios(int depth, vint k, vint ratio[NG_TRIT]) {
 #if TRIT_VNNI
     if (depth < 4) {
         ratio[1] = v_and(odd, low);
-        ratio[2] = v_high_half(V(srli_epi32)(even, 16), odd); // of groups 2 and 3
+        ratio[2] = v_upper_half(V(srli_epi32)(even, 16), odd); // of groups 2 and 3
         return;
     }
 #endif
@@ -421,7 +412,7 @@ TRIT_INLINE vint scaled_sum(int depth, int half, const vint * sum, const vint * 
         return v_dpwssd(V(slli_epi32)(sum[0], 10), sum[1], ratio[1]); // TRIT_RATIO_ONE is 2^10
     }
     if (depth < 4) {
-        return V(madd_epi16)(v_high_half(sum[0], V(slli_epi32)(sum[1], 16)), ratio[2]);
+        return V(madd_epi16)(v_upper_half(sum[0], V(slli_epi32)(sum[1], 16)), ratio[2]);
     }
     return V(add_epi32)(V(mullo_epi32)(sum[0], ratio[2*half]), V(mullo_epi32)(sum[1], ratio[2*half + 1]));
 #else
