@@ -109,12 +109,64 @@ TRIT_INLINE vfloat v_multiply_add(vfloat a, vfloat b, vfloat c) {
 #define TRIT_VNNI 0
 #endif
 
-// a block of TRIT_LANES rows
-struct strip_block {
-    vint   code[16];       // of weights 4i..4i+3: a byte each, plus the offset
+// scales of a block of TRIT_LANES rows
+struct strip_scales {
     vint   ratio[NG_TRIT]; // as scaled_sum needs them
     vfloat anchor;
 };
+
+struct strip_block {
+    vint                code[16]; // of weights 4i..4i+3: a byte each, plus the offset
+    struct strip_scales scales;
+};
+
+//
+// products of codes
+//
+
+TRIT_INLINE vint broadcast_4(const int8_t * qs) {
+    int32_t q;
+    memcpy(&q, qs, sizeof(q));
+    return V(set1_epi32)(q);
+}
+
+// VNNI: one sum of 32 bits a lane. Otherwise two of 16 bits, which hold a group, or half a group at depth 4.
+TRIT_INLINE vint dot_4(vint sum, vint code, vint q) {
+#if TRIT_VNNI
+    return v_dpbusd(sum, code, q);
+#else
+    return V(add_epi16)(sum, V(maddubs_epi16)(code, q));
+#endif
+}
+
+static inline int sums_per_group(int depth) {
+    return depth == 4 && !TRIT_VNNI ? 2 : 1;
+}
+
+// What becomes of the codes of a block: they are kept, for many columns, or multiplied by few columns at once, so that
+// they need no registers.
+struct sink {
+    vint * code; // [16], or NULL
+    int    n_cols;
+    const struct trit_activations * y[TRIT_FEW_COLUMNS];
+    vint   sum[TRIT_FEW_COLUMNS][NG_TRIT*2]; // of groups, or of their halves
+};
+
+// codes first..first + n - 1
+TRIT_INLINE void take_codes(int depth, struct sink * sink, int first, int n, const vint * code) {
+    TRIT_UNROLL
+    for (int i = 0; i < n; ++i) {
+        if (sink->code) {
+            sink->code[first + i] = code[i];
+            continue;
+        }
+        const int s = (first + i)*sums_per_group(depth)/4;
+        TRIT_UNROLL
+        for (int c = 0; c < sink->n_cols; ++c) {
+            sink->sum[c][s] = dot_4(sink->sum[c][s], code[i], broadcast_4(sink->y[c]->qs + 4*(first + i)));
+        }
+    }
+}
 
 //
 // unpacking
@@ -238,15 +290,19 @@ TRIT_INLINE vint pair_scales(vint pair) {
     return v_or(field(pair, 27), V(slli_epi16)(field(rest(pair, 27), 27), 8));
 }
 
-// codes of the rows from lane0 on; returns the bytes k0..k3 of each row
-TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint code[16]) {
+// Codes of the rows from lane0 on, to a sink. Returns the bytes k0..k3 of each row.
+TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, struct sink * sink) {
+    vint code[4];
     if (depth == 1) {
         struct quad q[2];
         TRIT_UNROLL
         for (int i = 0; i < 2; ++i) {
             q[i] = quad_load(words, lane0, i);
-            q[i] = unpack_trits(q[i], code + 8*i);
-            q[i] = unpack_trits(q[i], code + 8*i + 4);
+            TRIT_UNROLL
+            for (int j = 0; j < 8; j += 4) {
+                q[i] = unpack_trits(q[i], code);
+                take_codes(depth, sink, 8*i + j, 4, code);
+            }
         }
         return V(packus_epi16)(mul3_add(field(q[0].a, 9), field(q[1].a, 3)), mul3_add(field(q[0].b, 9), field(q[1].b, 3)));
     }
@@ -254,43 +310,53 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, vint
         TRIT_UNROLL
         for (int i = 0; i < 3; ++i) {
             struct quad q = quad_load(words, lane0, i);
-            q = unpack_pairs(q, code + 5*i);
-            q = unpack_pairs(q, code + 5*i + 2);
-            code[5*i + 4] = quad_field(q, 9);
+            TRIT_UNROLL
+            for (int j = 0; j < 4; j += 2) {
+                q = unpack_pairs(q, code);
+                take_codes(depth, sink, 5*i + j, 2, code);
+            }
+            code[0] = quad_field(q, 9);
+            take_codes(depth, sink, 5*i + 4, 1, code);
         }
         vint pair = v_load(words + 12*TRIT_STRIP + 2*lane0);
         const vint w0 = field(pair, 9);
         pair = rest(pair, 9);
         const vint w1 = field(pair, 9);
         pair = rest(pair, 9);
-        code[15] = v_or(w0, V(slli_epi16)(w1, 8));
+        code[0] = v_or(w0, V(slli_epi16)(w1, 8));
+        take_codes(depth, sink, 15, 1, code);
         return pair_scales(pair);
     }
     if (depth == 3) {
         struct quad q[5];
         TRIT_UNROLL
         for (int i = 0; i < 5; ++i) {
-            q[i] = unpack_quad(words, lane0, i, 3, 27, code + 3*i);
+            q[i] = unpack_quad(words, lane0, i, 3, 27, code);
+            take_codes(depth, sink, 3*i, 3, code);
         }
         // the four fields of a word: of its copies, two each
         const vint single = v_load_twice(words + 20*TRIT_STRIP + lane0);
         const vint even   = field(V(mullo_epi16)(single, V(set1_epi32)(1 |  81 << 16)), 9);
         const vint odd    = field(V(mullo_epi16)(single, V(set1_epi32)(9 | 729 << 16)), 9);
-        code[15] = mul3_add(v_or(even, V(slli_epi16)(odd, 8)), quad_field(q[3], 3));
+        code[0] = mul3_add(v_or(even, V(slli_epi16)(odd, 8)), quad_field(q[3], 3));
+        take_codes(depth, sink, 15, 1, code);
         return V(packus_epi16)(
             mul3_add(mul3_add(field(q[0].a, 3), field(q[1].a, 3)), field(q[2].a, 3)),
             mul3_add(mul3_add(field(q[0].b, 3), field(q[1].b, 3)), field(q[2].b, 3)));
     }
     TRIT_UNROLL
     for (int i = 0; i < 3; ++i) {
-        const struct quad u = unpack_quad(words, lane0, 2*i + 0, 2, 81, code + 4*i);
-        const struct quad l = unpack_quad(words, lane0, 2*i + 1, 2, 81, code + 4*i + 2);
-        code[12 + i] = V(packus_epi16)(mul9_add(field(u.a, 9), field(l.a, 9)), mul9_add(field(u.b, 9), field(l.b, 9)));
+        const struct quad u = unpack_quad(words, lane0, 2*i + 0, 2, 81, code);
+        const struct quad l = unpack_quad(words, lane0, 2*i + 1, 2, 81, code + 2);
+        take_codes(depth, sink, 4*i, 4, code);
+        code[0] = V(packus_epi16)(mul9_add(field(u.a, 9), field(l.a, 9)), mul9_add(field(u.b, 9), field(l.b, 9)));
+        take_codes(depth, sink, 12 + i, 1, code);
     }
     const vint pair   = v_load(words + 24*TRIT_STRIP + 2*lane0);
     const vint single = v_load_twice(words + 26*TRIT_STRIP + lane0);
     const vint odd    = field(V(mullo_epi16)(single, V(set1_epi32)(1 | 81 << 16)), 81);
-    code[15] = v_or(field(pair, 81), V(slli_epi16)(odd, 8));
+    code[0] = v_or(field(pair, 81), V(slli_epi16)(odd, 8));
+    take_codes(depth, sink, 15, 1, code);
     return pair_scales(rest(pair, 81));
 }
 
@@ -376,34 +442,21 @@ TRIT_INLINE vfloat unpack_anchor(const float * anchors, vint k) {
     return v_as_float(V(sub_epi32)(top, octave));
 }
 
+TRIT_INLINE void unpack_to(struct sink * sink, int depth, const float * anchors, const uint16_t * words, int lane0, struct strip_scales * scales) {
+    const vint k = unpack_codes(depth, words, lane0, sink);
+    unpack_ratios(depth, k, scales->ratio);
+    scales->anchor = unpack_anchor(anchors, k);
+}
+
 TRIT_INLINE void unpack_block(int depth, const float * anchors, const uint16_t * words, int lane0, struct strip_block * x) {
-    const vint k = unpack_codes(depth, words, lane0, x->code);
-    unpack_ratios(depth, k, x->ratio);
-    x->anchor = unpack_anchor(anchors, k);
+    struct sink sink;
+    sink.code = x->code;
+    unpack_to(&sink, depth, anchors, words, lane0, &x->scales);
 }
 
 //
-// dot products
+// scaled sums
 //
-
-TRIT_INLINE vint broadcast_4(const int8_t * qs) {
-    int32_t q;
-    memcpy(&q, qs, sizeof(q));
-    return V(set1_epi32)(q);
-}
-
-// VNNI: one sum of 32 bits a lane. Otherwise two of 16 bits, which hold a group, or half a group at depth 4.
-TRIT_INLINE vint dot_4(vint sum, vint code, vint q) {
-#if TRIT_VNNI
-    return v_dpbusd(sum, code, q);
-#else
-    return V(add_epi16)(sum, V(maddubs_epi16)(code, q));
-#endif
-}
-
-static inline int sums_per_group(int depth) {
-    return depth == 4 && !TRIT_VNNI ? 2 : 1;
-}
 
 // Sums of the groups of a half times their ratios. With VNNI, a sum has 16 bits up to depth 3.
 TRIT_INLINE vint scaled_sum(int depth, int half, const vint * sum, const vint * ratio) {
@@ -424,6 +477,39 @@ TRIT_INLINE vint scaled_sum(int depth, int half, const vint * sum, const vint * 
     }
     return isum;
 #endif
+}
+
+// the sums of a half, scaled; added to those of the half before
+TRIT_INLINE vfloat add_half(int depth, int half, const vint * sum, const struct strip_scales * scales, const struct trit_activations * y, vfloat sumf) {
+    const vfloat s = V(cvtepi32_ps)(scaled_sum(depth, half, sum, scales->ratio));
+    const vfloat d = V(set1_ps)(y->d[half]);
+    return half == 0 ? V(mul_ps)(s, d) : v_multiply_add(s, d, sumf);
+}
+
+// acc[c] += block of words times block ib of column c, for few columns
+TRIT_INLINE void unpack_and_dot(int depth, const float * anchors, const uint16_t * words, int lane0,
+        int n_cols, const struct trit_activations * const * y, int64_t ib, vfloat * acc) {
+    const int n_sums = sums_per_group(depth);
+    struct strip_scales scales;
+    struct sink sink;
+
+    sink.code   = NULL;
+    sink.n_cols = n_cols;
+    TRIT_UNROLL
+    for (int c = 0; c < n_cols; ++c) {
+        sink.y[c] = y[c] + ib;
+        TRIT_UNROLL
+        for (int i = 0; i < NG_TRIT*n_sums; ++i) {
+            sink.sum[c][i] = V(set1_epi32)(sink.y[c]->bias[i]);
+        }
+    }
+    unpack_to(&sink, depth, anchors, words, lane0, &scales);
+    TRIT_UNROLL
+    for (int c = 0; c < n_cols; ++c) {
+        const vfloat first = add_half(depth, 0, sink.sum[c],            &scales, sink.y[c], V(setzero_ps)());
+        const vfloat sumf  = add_half(depth, 1, sink.sum[c] + 2*n_sums, &scales, sink.y[c], first);
+        acc[c] = v_multiply_add(scales.anchor, sumf, acc[c]);
+    }
 }
 
 // acc[c] += block x times block ib of column c
@@ -451,14 +537,12 @@ TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, 
         }
         TRIT_UNROLL
         for (int c = 0; c < n_cols; ++c) {
-            const vfloat d = V(set1_ps)(y[c][ib].d[half]);
-            const vfloat s = V(cvtepi32_ps)(scaled_sum(depth, half, sum[c], x->ratio));
-            sumf[c] = half == 0 ? V(mul_ps)(s, d) : v_multiply_add(s, d, sumf[c]);
+            sumf[c] = add_half(depth, half, sum[c], &x->scales, y[c] + ib, sumf[c]);
         }
     }
     TRIT_UNROLL
     for (int c = 0; c < n_cols; ++c) {
-        acc[c] = v_multiply_add(x->anchor, sumf[c], acc[c]);
+        acc[c] = v_multiply_add(x->scales.anchor, sumf[c], acc[c]);
     }
 }
 
@@ -649,9 +733,14 @@ TRIT_INLINE void stream_columns(int depth, int64_t n_blocks, struct source rows,
         }
         TRIT_UNROLL
         for (int i = 0; i < TRIT_STRIP/TRIT_LANES; ++i) {
+#if TRIT_LANES == 16
+            // registers enough to keep the codes
             struct strip_block x;
             unpack_block(depth, anchors, words, i*TRIT_LANES, &x);
             dot_block(depth, &x, n_cols, y, y_block0 + ib, acc[i]);
+#else
+            unpack_and_dot(depth, anchors, words, i*TRIT_LANES, n_cols, y, y_block0 + ib, acc[i]);
+#endif
         }
     }
     TRIT_UNROLL
