@@ -1,6 +1,5 @@
 """llama-bench of another engine, such as a fork of llama.cpp, to be measured in the same rounds as ours."""
 
-import hashlib
 import shlex
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritcore.errors import TritError, first_line
+from tritcore.files import sha256
 from tritrun.bench import BenchRun, read_speeds
 
 
@@ -31,7 +31,7 @@ class Engine:
     def facts(self) -> dict[str, object]:
         """What identifies it in a report. Raises TritError where a file cannot be read."""
         try:
-            digest = hashlib.sha256(Path(self.command[0]).read_bytes()).hexdigest()
+            digest = sha256(Path(self.command[0]))
             n_bytes = self.model.stat().st_size
         except OSError as error:
             raise TritError(f"--engine {self.label}: {error.filename} cannot be read: {error.strerror}") from error

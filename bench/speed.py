@@ -208,11 +208,7 @@ def _run(model: str, cpu: str, contestants: Sequence[Contestant], options: argpa
         note(f"{path} has {len(earlier)} rounds of these programs; --again forgets them")
     run = results.Run(settings, commit(), files, earlier)
     bench = BenchRun(options.prompt_tokens, options.answer_tokens, 1, options.threads, cpu_only=True)
-
-    def test(contestant: Contestant) -> dict[str, float]:
-        return bench.measure(contestant.file).by_phase
-
-    tests = {one.type: partial(test, one) for one in contestants}
+    tests = {one.type: partial(bench.speeds, one.file) for one in contestants}
     tests |= {one.label: partial(one.measure, bench) for one in options.engines}
     measure(run, tests, options.rounds, path)
     return run

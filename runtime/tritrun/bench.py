@@ -93,6 +93,10 @@ class BenchRun:
         except ValueError as error:
             raise TritError(f"{model.path}: {_TOOL} printed something unexpected: {error}") from error
 
+    def speeds(self, model: ModelFile) -> dict[str, float]:
+        """Tokens per second in each phase. Raises TritError as `measure`."""
+        return self.measure(model).by_phase
+
     def as_table(self, benchmarks: Iterable[Benchmark]) -> Table:
         """All models in one table."""
         table = Table(

@@ -210,11 +210,7 @@ class _Compare:
         earlier = self._kept.load("speed", key) or []
         rounds: list[Speeds] = [speeds for speeds in earlier if by_digest.keys() <= speeds.keys()]
         bench = BenchRun(plan.speed.prompt_tokens, plan.speed.answer_tokens, 1, plan.threads)
-
-        def test(file: ModelFile) -> dict[str, float]:
-            return bench.measure(file).by_phase
-
-        tests = {digest: partial(test, file) for digest, file in by_digest.items()}
+        tests = {digest: partial(bench.speeds, file) for digest, file in by_digest.items()}
         while len(rounds) < plan.speed.rounds:
             rounds.append(run_round(tests, len(rounds)))
             self._kept.store("speed", key, rounds)

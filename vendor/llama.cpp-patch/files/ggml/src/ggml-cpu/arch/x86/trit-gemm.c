@@ -537,7 +537,7 @@ TRIT_INLINE void dot_block(int depth, const struct strip_block * x, int n_cols, 
         }
         TRIT_UNROLL
         for (int c = 0; c < n_cols; ++c) {
-            sumf[c] = add_half(depth, half, sum[c], &x->scales, y[c] + ib, sumf[c]);
+            sumf[c] = add_half(depth, half, sum[c], &x->scales, y[c] + ib, half == 0 ? V(setzero_ps)() : sumf[c]);
         }
     }
     TRIT_UNROLL
