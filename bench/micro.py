@@ -6,11 +6,7 @@ Builds micro.cpp against the libraries in use, runs it, and prints medians. All 
 
 import argparse
 import json
-import os
-import shlex
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +17,7 @@ from rich.table import Table
 
 from command import exit_status
 from contestants import TYPES
+from cxx import compile_program
 from programs import BUILD, commit, machine
 from tritcore.console import err, one_line, out
 from tritcore.errors import TritError
@@ -62,16 +59,8 @@ def build(folder: Path, target: Path) -> None:
     """
     if not _HEADERS.is_dir():
         raise TritError(f"{_HEADERS} is missing: make build")
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        raise TritError(f"{compiler[0]}: no such compiler; install one, or name it in CXX")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [*compiler, "-std=c++17", "-O2", f"-I{_HEADERS}", str(_SOURCE), "-o", str(target)]
-    command += [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lggml", "-lggml-base", "-ldl"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), "no output")
-        raise TritError(f"{_SOURCE} cannot be built: {first}")
+    libraries = (f"-L{folder}", f"-Wl,-rpath,{folder}", "-lggml", "-lggml-base", "-ldl")
+    compile_program(_SOURCE, target, ("-O2", f"-I{_HEADERS}", *libraries))
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
