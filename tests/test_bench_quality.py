@@ -1,4 +1,4 @@
-"""bench/: the base of the quality comparisons, types laid across rows, and files that are made once."""
+"""bench/: the bases of the quality comparisons, types laid across rows, and files that are made once."""
 
 import argparse
 import json
@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import llama_quantize, logits, make_checkpoint, to_f16_gguf, tritconv
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from tiny_gguf import write_tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import across_rows
 import dither
 import made
 import quality
+import rotate
 from command import exit_status
 from tritcore import ggml
 from tritcore.errors import TritError
@@ -388,3 +391,23 @@ def test_an_interrupted_comparison_is_completed_and_a_quick_one_shares_no_file(
     again = [" ".join(words) for words in compare()]
     assert any("llama-imatrix" in words for words in again)
     assert not any("dither.py" in words or "search" in words.split("compare")[0] for words in again[:-1])
+
+
+def test_a_rotated_model_computes_the_same(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 3}
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=2, intermediate_size=64, vocab_size=96, tie_word_embeddings=True, rms_norm_eps=1e-2
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, 1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+    model.save_pretrained(tmp_path / "small")
+    command = [tmp_path / "small", "-o", tmp_path / "large", "--hidden", "64", "--groups", "4"]
+    rotate.make(rotate.parse([str(word) for word in command]))
+    large = LlamaForCausalLM.from_pretrained(tmp_path / "large", dtype=torch.float32)
+    assert (large.config.hidden_size, large.config.num_attention_heads) == (64, 8)
+    tokens = torch.arange(40)[None] % 96
+    with torch.no_grad():
+        expected, got = model(tokens).logits, large(tokens).logits
+    assert float((got - expected).abs().max()) < 0.01 * float(expected.abs().max())
