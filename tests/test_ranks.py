@@ -175,3 +175,23 @@ def test_what_several_processes_cannot_share(tmp_path: Path, source: Path, text:
     trained = tritconv(*options(source, tmp_path / "x.gguf", text), "--method", "tune", env=environment)
     assert trained.returncode == 2
     assert "several processes can only share gptq" in trained.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    """A thread that is left when the interpreter ends can end the process by a signal."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from tritconv.calibration.ranks import joined\n"
+        "with joined() as ranks:\n"
+        "    import torch._dynamo  # which transformers imports when a model runs\n"
+        "    ranks.total(1)\n"
+        "for thread in Path('/proc/self/task').iterdir():\n"
+        "    print((thread / 'comm').read_text().strip())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout
+    assert "gloo" not in done.stdout

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed.nn  # before there is a group, which the defaults of its functions would keep for ever
 from torch import distributed
 
 from tritcore.console import error
