@@ -1,8 +1,8 @@
 #ifndef GGML_TRIT_COMMON
 #define GGML_TRIT_COMMON
 
-// The constants of TRIT1..TRIT4, for C, CUDA and Metal; docs/reference/format.md defines them. They are macros because each language
-// keeps tables in an address space of its own. ggml-common.h has to be included first: it has the blocks.
+// The constants of TRIT1..TRIT4, for C, CUDA, Metal and GLSL; docs/reference/format.md defines them. They are macros because each
+// language keeps tables in an address space of its own. ggml-common.h, where there is one, has to be included first: it has the blocks.
 
 #define QG_TRIT 16                  // weights in a group, they share a scale
 #define NG_TRIT (QK_TRIT / QG_TRIT) // groups in a block
