@@ -15,9 +15,11 @@ TORCH ?= torch==2.13.0
 # `make build CPU=native`. CUDA_ARCHITECTURES is what CMake takes; without it ggml's CMakeLists.txt chooses.
 # CPU=all is what the tests need and what runs anywhere; CPU=native is for this machine alone and compiles less. Name the
 # same one to each goal: the other is another build, and takes the place of the first.
+# VULKAN=on insists on the Vulkan backend, VULKAN=off leaves it out; by default it is built where what it needs is there.
 # UI=on insists on llama-server's web page, UI=off leaves it out; by default it is inside where npm is.
 CPU ?= all
 CUDA ?= 0
+VULKAN ?= auto
 UI ?= auto
 CUDA_ARCHITECTURES ?=
 BUILD_FLAGS ?=
@@ -91,10 +93,10 @@ bench: $(DEMO_GGUF) ## measure speed beside other types: BENCH_FLAGS="--models l
 	$(BIN)/python bench/micro.py
 
 build: $(VENV)/tools ## build the patched llama.cpp and install llama-cpp-python over it
-	$(BIN)/python vendor/llama.cpp-patch/build.py --cpu $(CPU) --ui $(UI) $(BUILD_FLAGS)
+	$(BIN)/python vendor/llama.cpp-patch/build.py --cpu $(CPU) --vulkan $(VULKAN) --ui $(UI) $(BUILD_FLAGS)
 
 wheels: $(VENV)/wheel-tools ## make wheels for other machines, in dist: AARCH64=1 for AArch64 too
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python vendor/llama.cpp-patch/build.py --ui on --dist dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python vendor/llama.cpp-patch/build.py --vulkan $(VULKAN) --ui on --dist dist
 ifeq ($(AARCH64),1)
 	$(BIN)/python vendor/llama.cpp-patch/build.py --ui on --dist dist --cross aarch64
 endif

@@ -78,7 +78,8 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def arguments(sdist: Path, patches: source.PatchSet, tree: Path) -> list[str]:
     """The options that make build.py use all of these."""
-    return ["--sdist", str(sdist), "--patch-dir", str(patches.root), "--build-dir", str(tree.parent), "--ui", "off"]
+    places = ["--sdist", str(sdist), "--patch-dir", str(patches.root), "--build-dir", str(tree.parent)]
+    return [*places, "--vulkan", "off", "--ui", "off"]
 
 
 def write(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamabuild import compile as compiling
-from llamabuild import portable, source, toolchain, versions
+from llamabuild import portable, source, toolchain, versions, vulkan
 from llamabuild.page import CHOICES, Page
 from llamabuild.shell import BuildError
 from llamabuild.wheels import Wheels
@@ -67,6 +67,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="",
         metavar="LIST",
         help="with --cuda: what to compile for, such as 89-real or 80;90 (default: ggml's CMakeLists.txt chooses)",
+    )
+    parser.add_argument(
+        "--vulkan",
+        choices=vulkan.CHOICES,
+        default="auto",
+        help="build the Vulkan backend too; auto: where glslc, the headers and the loader are (default: %(default)s)",
     )
     parser.add_argument(
         "--ui",
@@ -150,6 +156,10 @@ def build(options: argparse.Namespace) -> None:
     else:
         print("instruction sets: all variants")
 
+    no_vulkan = "not for another machine"
+    if not options.cross:
+        no_vulkan = vulkan.why_not(options.vulkan, machine.compilers.cxx, cuda=options.cuda)
+    print(f"Vulkan: {f'off ({no_vulkan})' if no_vulkan else 'on'}")
     page = Page(options.ui, place / "cmake", folder / "cmake" if options.cross else None)
     tree = folder / "src" / source.LLAMA_CPP
     header = tree / "cmake" / "old-libstdcxx.h" if sys.platform == "linux" else None
@@ -161,6 +171,7 @@ def build(options: argparse.Namespace) -> None:
             *compiling.options(
                 all_variants=options.cpu == "all",
                 cuda=options.cuda,
+                vulkan=not no_vulkan,
                 commit=wanted.label,
                 cuda_architectures=options.cuda_architectures,
                 ui=page.is_wanted,

@@ -25,7 +25,13 @@ PIP_HINT = "pip install cmake ninja"
 
 
 def options(
-    *, all_variants: bool, cuda: bool, commit: str, cuda_architectures: str = "", ui: bool = False
+    *,
+    all_variants: bool,
+    cuda: bool,
+    commit: str,
+    cuda_architectures: str = "",
+    vulkan: bool = False,
+    ui: bool = False,
 ) -> list[str]:
     """Return CMake's -D arguments.
 
@@ -35,6 +41,7 @@ def options(
         cuda: build ggml's CUDA backend too.
         commit: what the tools print as their commit.
         cuda_architectures: what it is compiled for, as CMAKE_CUDA_ARCHITECTURES has it; empty for ggml's own choice.
+        vulkan: build ggml's Vulkan backend too.
         ui: let npm build llama-server's web page.
     """
     origin = "@loader_path" if platform.system() == "Darwin" else "$ORIGIN"
@@ -49,6 +56,7 @@ def options(
         "GGML_BACKEND_DL": "ON" if all_variants else "OFF",
         "GGML_CPU_ALL_VARIANTS": "ON" if all_variants else "OFF",
         "GGML_CUDA": "ON" if cuda else "OFF",
+        "GGML_VULKAN": "ON" if vulkan else "OFF",
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": commit,
         "LLAMA_BUILD_TESTS": "ON",

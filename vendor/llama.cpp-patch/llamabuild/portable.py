@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import versions
+from . import versions, vulkan
 from .shell import BuildError, find_tool, run
 from .toolchain import Machine
 from .wheels import COMMIT_FILE, KEY_FILE, Wheels
@@ -39,7 +39,8 @@ def make(dist: Path, wheels: Wheels, source_key: str, machine: Machine, variants
     Raises:
         BuildError: a tool is missing or fails, or a wheel would not run elsewhere.
     """
-    libraries, tools = wheels.libraries(), wheels.tools()
+    # Without the Vulkan backend, which needs the loader of the system.
+    libraries, tools = [path for path in wheels.libraries() if vulkan.MODULE not in path.name], wheels.tools()
     key = wheels.key(source_key, [*libraries, *tools])
     if is_current(dist, machine.name, key):
         return []

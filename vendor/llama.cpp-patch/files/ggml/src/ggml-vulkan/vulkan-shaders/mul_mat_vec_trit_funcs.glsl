@@ -17,7 +17,7 @@
 #define TRIT_TAKE_CODE(x, n)     trit_take(x, uint(n))
 #define TRIT_TAKE_INDEX(x, n)    trit_take(x, uint(n))
 #define TRIT_FINISH(codes)       trit_signed_bytes(uint(TRIT_DEPTH), trit_pack(codes))
-#define TRIT_DOT(codes, b)       dotPacked4x8EXT(codes, b)
+#define TRIT_DOT(codes, b, sum)  ((sum) + dotPacked4x8EXT(codes, b))
 #else
 #define TRIT_T     float
 #define TRIT_T2    vec2
@@ -28,7 +28,7 @@
 #define TRIT_TAKE_CODE(x, n)     trit_take(x, float(n), float((n)/2))
 #define TRIT_TAKE_INDEX(x, n)    trit_take(x, float(n), 0.0f)
 #define TRIT_FINISH(codes)       codes
-#define TRIT_DOT(codes, b)       dot(codes, b)
+#define TRIT_DOT(codes, b, sum)  fma(codes.x, b.x, fma(codes.y, b.y, fma(codes.z, b.z, fma(codes.w, b.w, sum))))
 #endif
 
 FLOAT_TYPE temp[NUM_COLS][NUM_ROWS];
@@ -62,7 +62,7 @@ void load_pairs(const uint n, const uint ib) {
 }
 
 // the codes of column c of a block, of all rows, times the four activations of each vector
-void add_column(const uint y_idx, const uint c, const uint num_rows) {
+void add_column(const uint y_idx, const uint c) {
     [[unroll]] for (uint j = 0; j < NUM_COLS; ++j) {
 #if defined(TRIT_Q8_1)
         const uint iy = j*p.batch_stride_b + y_idx;
@@ -70,16 +70,16 @@ void add_column(const uint y_idx, const uint c, const uint num_rows) {
 #else
         const vec4 b = vec4(data_b_v4[(j*p.batch_stride_b + y_idx)/4 + c]);
 #endif
-        [[unroll]] for (uint n = 0; n < num_rows; ++n) {
-            sums[j][n][c/4] += TRIT_DOT(codes[n], b);
+        [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
+            sums[j][n][c/4] = TRIT_DOT(codes[n], b, sums[j][n][c/4]);
         }
     }
 }
 
 // what the quads and the last words hold besides whole codes: the scale indexes, and the last columns
-void take_rest(const uint y_idx, const uint num_rows) {
+void take_rest(const uint y_idx) {
 #if TRIT_DEPTH == 2
-    [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+    [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
         TRIT_T2 x = TRIT_FRACTIONS(pairs[n][6]);
         const TRIT_T2 c0 = TRIT_TAKE_CODE(x, 9);
         const TRIT_T2 c1 = TRIT_TAKE_CODE(x, 9);
@@ -88,9 +88,9 @@ void take_rest(const uint y_idx, const uint num_rows) {
         codes[n] = TRIT_FINISH(TRIT_T4(c0.x, c1.x, c0.y, c1.y));
         indexes[n] = TRIT_T4(k0.x, k1.x, k0.y, k1.y);
     }
-    add_column(y_idx, 15, num_rows);
+    add_column(y_idx, 15);
 #elif TRIT_DEPTH == 3
-    [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+    [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
         TRIT_T x = TRIT_FRACTIONS(pairs[n][TRIT_N_PAIRS]).x;
         const TRIT_T c0 = TRIT_TAKE_CODE(x, 9);
         const TRIT_T c1 = TRIT_TAKE_CODE(x, 9);
@@ -98,9 +98,9 @@ void take_rest(const uint y_idx, const uint num_rows) {
         const TRIT_T c3 = TRIT_TAKE_CODE(x, 9);
         codes[n] = TRIT_FINISH(TRIT_T(3)*TRIT_T4(c0, c1, c2, c3) + rest[n]);
     }
-    add_column(y_idx, 15, num_rows);
+    add_column(y_idx, 15);
 #elif TRIT_DEPTH == 4
-    [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+    [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
         TRIT_T2 x = TRIT_FRACTIONS(pairs[n][12]);
         TRIT_T  z = TRIT_FRACTIONS(pairs[n][TRIT_N_PAIRS]).x;
         const TRIT_T2 c0 = TRIT_TAKE_CODE(x, 81);
@@ -111,16 +111,17 @@ void take_rest(const uint y_idx, const uint num_rows) {
         codes[n] = TRIT_FINISH(TRIT_T4(c0.x, c1, c0.y, c3));
         indexes[n] = TRIT_T4(k0.x, k1.x, k0.y, k1.y);
     }
-    add_column(y_idx, 15, num_rows);
+    add_column(y_idx, 15);
 #endif
 }
 
-// Adds block i of each row, times its activations, to temp. Sums of integers are below 16 * 40 * 128 < 2^17.
-void calc_block(const uint a_offset, const uint b_offset, const uint i, const uint num_blocks_per_row, const uint first_row, const uint num_rows) {
+// Adds block i of each row, times its activations, to temp. Rows behind the last one are that one again: with a number of rows
+// that is no constant, arrays would have no registers. Sums of integers are below 2 * 16 * 40 * 128 * 4598 < 2^30.
+void calc_block(const uint a_offset, const uint b_offset, const uint i, const uint num_blocks_per_row, const uint first_row, const uint last_row) {
     const uint y_idx = b_offset + i*QUANT_K;
 
-    [[unroll]] for (uint n = 0; n < num_rows; ++n) {
-        load_pairs(n, a_offset + (first_row + n)*num_blocks_per_row + i);
+    [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
+        load_pairs(n, a_offset + min(first_row + n, last_row)*num_blocks_per_row + i);
         indexes[n] = TRIT_T4(0);
 
         [[unroll]] for (uint j = 0; j < NUM_COLS; ++j) {
@@ -130,20 +131,20 @@ void calc_block(const uint a_offset, const uint b_offset, const uint i, const ui
 
     [[unroll]] for (uint q = 0; q < TRIT_QUADS(TRIT_DEPTH); ++q) {
         TRIT_T4 x[NUM_ROWS];
-        [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+        [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
             x[n] = TRIT_T4(TRIT_FRACTIONS(pairs[n][2*q]), TRIT_FRACTIONS(pairs[n][2*q + 1]));
         }
 
         [[unroll]] for (uint f = 0; f < TRIT_CODES_PER_WORD(TRIT_DEPTH); ++f) {
-            [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+            [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
                 codes[n] = TRIT_FINISH(TRIT_TAKE_CODE(x[n], TRIT_LEVELS(TRIT_DEPTH)));
             }
-            add_column(y_idx, TRIT_CODES_PER_WORD(TRIT_DEPTH)*q + f, num_rows);
+            add_column(y_idx, TRIT_CODES_PER_WORD(TRIT_DEPTH)*q + f);
         }
 
         // the trits that are left
 #if TRIT_DEPTH == 1
-        [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+        [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
             if (q == 0) {
                 indexes[n] = TRIT_T(3)*TRIT_TAKE_INDEX(x[n], 9);
             } else {
@@ -151,7 +152,7 @@ void calc_block(const uint a_offset, const uint b_offset, const uint i, const ui
             }
         }
 #elif TRIT_DEPTH == 3
-        [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+        [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
             if (q < 3) {
                 indexes[n] = TRIT_T(3)*indexes[n] + TRIT_TAKE_INDEX(x[n], 3);
             } else if (q == 3) {
@@ -159,7 +160,7 @@ void calc_block(const uint a_offset, const uint b_offset, const uint i, const ui
             }
         }
 #elif TRIT_DEPTH == 4
-        [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+        [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
             if (q%2 == 0) {
                 rest[n] = TRIT_T(9)*TRIT_TAKE_CODE(x[n], 9);
             } else {
@@ -167,23 +168,23 @@ void calc_block(const uint a_offset, const uint b_offset, const uint i, const ui
             }
         }
         if (q%2 == 1) {
-            add_column(y_idx, 12 + q/2, num_rows);
+            add_column(y_idx, 12 + q/2);
         }
 #endif
     }
 
-    take_rest(y_idx, num_rows);
+    take_rest(y_idx);
 
-    [[unroll]] for (uint n = 0; n < num_rows; ++n) {
+    [[unroll]] for (uint n = 0; n < NUM_ROWS; ++n) {
         const uvec4 k      = uvec4(indexes[n]);
-        const vec4  ratios = trit_ratios_of(k);
         const float anchor = trit_anchor(uint(TRIT_DEPTH), k);
+        const TRIT_SUM ratios = TRIT_SUM(trit_ratios_of(k));
 
         [[unroll]] for (uint j = 0; j < NUM_COLS; ++j) {
 #if defined(TRIT_Q8_1)
-            const uint iy = (j*p.batch_stride_b + y_idx)/32;
-            const vec4 s  = ratios*vec4(sums[j][n]);
-            temp[j][n] += anchor*(float(data_b[iy/4].ds[iy%4].x)*(s.x + s.y) + float(data_b[iy/4].ds[iy%4 + 1].x)*(s.z + s.w));
+            const uint  iy = (j*p.batch_stride_b + y_idx)/32;
+            const ivec4 s  = ratios*sums[j][n];
+            temp[j][n] += anchor*(float(data_b[iy/4].ds[iy%4].x)*float(s.x + s.y) + float(data_b[iy/4].ds[iy%4 + 1].x)*float(s.z + s.w));
 #else
             temp[j][n] += anchor*dot(ratios, sums[j][n]);
 #endif

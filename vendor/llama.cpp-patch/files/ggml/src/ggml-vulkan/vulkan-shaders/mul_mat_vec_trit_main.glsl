@@ -2,7 +2,12 @@
 
 #include "mul_mat_vec_trit_funcs.glsl"
 
-void compute_outputs(const uint32_t first_row, const uint32_t num_rows) {
+void main() {
+    const uint first_row = NUM_ROWS * (gl_WorkGroupID.x + gl_NumWorkGroups.x * gl_WorkGroupID.z);
+    if (first_row >= p.stride_d) {
+        return;
+    }
+
     uint a_offset, b_offset, d_offset;
     get_offsets(a_offset, b_offset, d_offset);
 
@@ -16,22 +21,12 @@ void compute_outputs(const uint32_t first_row, const uint32_t num_rows) {
     }
 
     for (uint i = tid; i < num_blocks_per_row; i += gl_WorkGroupSize.x) {
-        calc_block(a_offset, b_offset, i, num_blocks_per_row, first_row, num_rows);
+        calc_block(a_offset, b_offset, i, num_blocks_per_row, first_row, p.stride_d - 1);
     }
 
-    reduce_result(temp, d_offset, first_row, num_rows, tid);
-}
-
-void main() {
-    const uint first_row = NUM_ROWS * (gl_WorkGroupID.x + gl_NumWorkGroups.x * gl_WorkGroupID.z);
-
-    // do NUM_ROWS at a time, unless there aren't enough remaining rows
     if (first_row + NUM_ROWS <= p.stride_d) {
-        compute_outputs(first_row, NUM_ROWS);
+        reduce_result(temp, d_offset, first_row, NUM_ROWS, tid);
     } else {
-        if (first_row >= p.stride_d) {
-            return;
-        }
-        compute_outputs(first_row, p.stride_d - first_row);
+        reduce_result(temp, d_offset, first_row, p.stride_d - first_row, tid);
     }
 }

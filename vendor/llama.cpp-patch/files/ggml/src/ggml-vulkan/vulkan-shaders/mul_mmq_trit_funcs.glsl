@@ -1,4 +1,5 @@
-// TRIT1..TRIT4 for mul_mmq.comp: a tile has signed bytes and two scales for 32 weights, as that of Q6_K
+// TRIT1..TRIT4 for mul_mmq.comp: a tile has signed bytes and two scales for 32 weights, as that of Q6_K.
+// GLSL and C++, as trit.glsl is.
 
 #define TRIT_REF uint // the first word of the block
 #define TRIT_WORD(x, i) uint(data_a[(x) + (i)])
@@ -14,8 +15,8 @@ void block_a_to_shmem(const uint buf_ib, const uint ib, const uint iqs) {
 
     if (iqs == 0) {
         const uvec4 k      = trit_scale_indexes(TRIT_DEPTH, x);
-        const vec4  scales = trit_anchor(TRIT_DEPTH, k)*trit_ratios_of(k);
+        const vec4  scales = trit_anchor(TRIT_DEPTH, k)*vec4(trit_ratios_of(k));
 
-        buf_a[buf_ib].d_scales = FLOAT_TYPEV2(h == 0 ? scales.xy : scales.zw);
+        buf_a[buf_ib].d_scales = FLOAT_TYPEV2(h == 0 ? scales.x : scales.z, h == 0 ? scales.y : scales.w);
     }
 }

@@ -11,7 +11,7 @@
 
 #include "../../ggml-trit-common.h"
 
-#if defined(GL_core_profile)
+#if !defined(__cplusplus)
 #define TRIT_INOUT(type) inout type
 #endif
 
@@ -30,8 +30,8 @@ float trit_anchor(const uint depth, const uvec4 k) {
     return uintBitsToFloat(floatBitsToUint(octave) - (k.x/2u << 23u));
 }
 
-vec4 trit_ratios_of(const uvec4 k) {
-    return vec4(float(TRIT_RATIO_ONE), float(trit_ratios[k.y]), float(trit_ratios[k.z]), float(trit_ratios[k.w]));
+uvec4 trit_ratios_of(const uvec4 k) {
+    return uvec4(uint(TRIT_RATIO_ONE), trit_ratios[k.y], trit_ratios[k.z], trit_ratios[k.w]);
 }
 
 //
@@ -60,7 +60,7 @@ int trit_signed_bytes(const uint depth, const uint packed_codes) {
         return product >> 16u;                                                                     \
     }                                                                                              \
     float_type trit_take(TRIT_INOUT(float_type) x, const float levels, const float offset) {       \
-        const float_type scaled = x*levels - offset;                                               \
+        const float_type scaled = fma(x, float_type(levels), float_type(-offset));                 \
         const float_type field  = floor(scaled);                                                   \
         x = scaled - field;                                                                        \
         return field;                                                                              \

@@ -1,0 +1,113 @@
+"""The arithmetic of the Vulkan shaders as host C++: every bit is that of the scalar reference."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_kernels_cross import OPTIONS, SANITIZERS
+
+from kernel_programs import GGML, REFERENCE, compile_search
+from llamabuild.shell import run
+from llamabuild.toolchain import find_compilers
+from programs import ROOT
+from tritcore.format import DEPTHS
+
+pytestmark = pytest.mark.build
+
+HERE = Path(__file__).parent / "kernels/vulkan"
+OURS = ROOT / "vendor/llama.cpp-patch/files/ggml/src"
+SHADERS = Path("ggml-vulkan/vulkan-shaders")
+
+# products with vectors of floats, and of Q8_1 for integer dot products
+VECTORS = {"floats": (), "q8_1": ("-DTRIT_Q8_1",)}
+
+
+def check(folder: Path, depth: int, vectors: str, options: tuple[str, ...], ours: Path = OURS) -> tuple[int, str]:
+    """Compile and run the checks of the shaders below `ours`; return the exit status and what is printed."""
+    if not GGML.is_dir():
+        pytest.skip(f"{GGML} is missing: make build")
+    compilers = find_compilers()
+    folders = [HERE, ours / SHADERS, OURS, OURS / "ggml-cpu", GGML / "src", GGML / "src/ggml-cpu", GGML / "include"]
+    flags = [*OPTIONS, *options, "-w", *(f"-I{path}" for path in folders)]
+    reference, program = folder / "ggml-trit.o", folder / "check"
+    run([*compilers.c, "-std=gnu11", *flags, "-c", REFERENCE, "-o", reference])
+    objects = [reference, compile_search(compilers.c, folder)]
+    chosen = (f"-DDATA_A_TRIT{depth}", *VECTORS[vectors])
+    run([*compilers.cxx, "-std=c++17", *flags, *chosen, HERE / "check.cpp", *objects, "-o", program])
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_arithmetic(vectors: str, depth: int, tmp_path: Path) -> None:
+    assert check(tmp_path, depth, vectors, SANITIZERS) == (0, "")
+
+
+# what is found, with which vectors, and the two lines
+MISTAKES = {
+    "weight 0": ("floats", "weights = scale*(", "weights = -scale*("),
+    "tile: code": ("floats", "trit_signed_bytes(TRIT_DEPTH, trit_pack(", "-trit_signed_bytes(TRIT_DEPTH, trit_pack("),
+    "tile: scales": ("floats", "scales = trit_anchor(", "scales = -trit_anchor("),
+    "the product": ("floats", "anchor*dot(ratios", "-anchor*dot(ratios"),
+    "block 0: the product": ("q8_1", "anchor*(float(", "-anchor*(float("),
+    "are read": ("floats", "[first + TRIT_N_PAIRS - 1 + odd]", "[first + TRIT_N_PAIRS]"),
+}
+
+
+@pytest.mark.parametrize("found", MISTAKES)
+def test_a_mistake_is_found(found: str, tmp_path: Path) -> None:
+    vectors, before, after = MISTAKES[found]
+    (tmp_path / SHADERS).mkdir(parents=True)
+    shutil.copy2(OURS / "ggml-trit-common.h", tmp_path)
+    planted = 0
+    for path in (OURS / SHADERS).glob("*.glsl"):
+        text = path.read_text(encoding="utf-8")
+        planted += text.count(before)
+        (tmp_path / SHADERS / path.name).write_text(text.replace(before, after), encoding="utf-8")
+    assert planted == 1
+    status, output = check(tmp_path, 3, vectors, (), tmp_path)
+    assert status == 1
+    assert found in output
+
+
+# a dot product by its number, for versions of glslc that do not know the extension
+DOT_PRODUCT = """\
+#extension GL_EXT_spirv_intrinsics : require
+spirv_instruction(extensions = ["SPV_KHR_integer_dot_product"], capabilities = [6019, 6018], id = 4450)
+int dot_packed(int a, int b, spirv_literal int format);
+#define dotPacked4x8EXT(a, b) dot_packed(a, b, 0)
+"""
+EXTENSION = "#extension GL_EXT_integer_dot_product : require\n"
+FLOAT16 = ("FLOAT16=1", "FLOAT_TYPE=float16_t", "FLOAT_TYPEV2=f16vec2")
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize(
+    ("shader", "defines"),
+    [
+        ("mul_mat_vecq.comp", ("FLOAT_TYPE=float", "FLOAT_TYPEV2=vec2")),
+        ("mul_mat_vecq.comp", ("FLOAT_TYPE=float", "FLOAT_TYPEV2=vec2", "MUL_MAT_ID=1")),
+        ("mul_mmq.comp", FLOAT16),
+        ("mul_mmq.comp", (*FLOAT16, "MUL_MAT_ID=1")),
+    ],
+    ids=["vector", "vector_id", "tile", "tile_id"],
+)
+def test_shaders_with_integer_dot_products_compile(
+    shader: str, defines: tuple[str, ...], depth: int, tmp_path: Path
+) -> None:
+    """No build with Debian's glslc has them, and no software device runs them."""
+    if shutil.which("glslc") is None:
+        pytest.skip("glslc is missing (Debian: apt install glslc)")
+    source = GGML / "src" / SHADERS
+    if not source.is_dir():
+        pytest.skip(f"{source} is missing: make build")
+    folder = tmp_path / SHADERS
+    shutil.copytree(source, folder)
+    shutil.copy2(GGML / "src/ggml-trit-common.h", tmp_path)
+    text = (folder / shader).read_text(encoding="utf-8")
+    assert EXTENSION in text
+    (folder / shader).write_text(text.replace(EXTENSION, DOT_PRODUCT), encoding="utf-8")
+    flags = [f"-D{define}" for define in (f"DATA_A_TRIT{depth}=1", "D_TYPE=float", "ACC_TYPE=float", *defines)]
+    run(["glslc", "-fshader-stage=compute", "--target-env=vulkan1.2", *flags, folder / shader, "-o", tmp_path / "spv"])
