@@ -85,8 +85,8 @@ class Shader:
         return f"DATA_A_{self.name}=1"
 
 
-SHADERS_COUNTED = (
-    *(Shader(f"TRIT{depth}", "mul_mat_vec_trit.comp", 4, BLOCK_SIZE) for depth in DEPTHS),
+TRIT = {depth: Shader(f"TRIT{depth}", "mul_mat_vec_trit.comp", 4, BLOCK_SIZE) for depth in DEPTHS}
+OTHERS = (
     # 16 threads share a block of 256. GPUs get two rows; spirv-opt leaves the loop over those of Q3_K and Q6_K.
     Shader("Q3_K", "mul_mat_vec_q3_k.comp", 1, 16),
     Shader("Q4_K", "mul_mat_vec_q4_k.comp", 2, 16),
@@ -139,7 +139,7 @@ def disassemble(shader: Shader, folder: Path) -> list[str]:
 
 
 def count(shader: Shader, folder: Path) -> dict[str, Counter[str]]:
-    """How often each instruction of an iteration over blocks is executed, for each of KINDS.
+    """How many operations each kind of instruction takes in an iteration over blocks, for each of KINDS.
 
     Raises:
         TritError: a program fails, or spirv-opt left no such loop.
@@ -169,6 +169,11 @@ def count(shader: Shader, folder: Path) -> dict[str, Counter[str]]:
     raise TritError(f"{shader.source}: spirv-opt left no unrolled loop over the blocks")
 
 
+def per_weight(shader: Shader, counts: dict[str, Counter[str]]) -> list[float]:
+    """The totals of `count` for each of KINDS, for a weight."""
+    return [counts[kind].total() / (shader.rows * shader.weights) for kind in KINDS]
+
+
 def _instructions(lines: Iterable[str]) -> Iterator[tuple[str, str, list[str]]]:
     for line in lines:
         if match := _INSTRUCTION.match(line):
@@ -196,9 +201,9 @@ def report(options: argparse.Namespace) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     with tempfile.TemporaryDirectory() as folder:
-        for shader in SHADERS_COUNTED:
+        for shader in (*TRIT.values(), *OTHERS):
             counts = count(shader, Path(folder))
-            each = [counts[kind].total() / (shader.rows * shader.weights) for kind in KINDS]
+            each = per_weight(shader, counts)
             table.add_row(shader.name, *(f"{number:.2f}" for number in (*each[:3], sum(each[:3]), each[3])))
             if options.verbose:
                 listed = (f"{number} {name}" for kind in KINDS for name, number in counts[kind].most_common())

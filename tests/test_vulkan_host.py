@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import spirv
 from test_kernels_cross import OPTIONS, SANITIZERS
 
 from kernel_programs import GGML, REFERENCE, compile_search
@@ -111,3 +112,14 @@ def test_shaders_with_integer_dot_products_compile(
     (folder / shader).write_text(text.replace(EXTENSION, DOT_PRODUCT), encoding="utf-8")
     flags = [f"-D{define}" for define in (f"DATA_A_TRIT{depth}=1", "D_TYPE=float", "ACC_TYPE=float", *defines)]
     run(["glslc", "-fshader-stage=compute", "--target-env=vulkan1.2", *flags, folder / shader, "-o", tmp_path / "spv"])
+
+
+def test_operations(tmp_path: Path) -> None:
+    """For a token, TRIT2 takes no more operations than Q4_K, the type that most files have."""
+    if reason := spirv.unavailable():
+        pytest.skip(reason)
+    (q4_k,) = (shader for shader in spirv.OTHERS if shader.name == "Q4_K")
+    trit2, other = (
+        sum(spirv.per_weight(shader, spirv.count(shader, tmp_path))[:3]) for shader in (spirv.TRIT[2], q4_k)
+    )
+    assert trit2 <= other

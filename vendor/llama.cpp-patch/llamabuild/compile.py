@@ -114,6 +114,8 @@ class Build:
             **NPM,
             "CC": shlex.join(compilers.c),
             "CXX": shlex.join(compilers.cxx),
+            # The Vulkan backend's generator of shaders is a CMake project of its own, which looks for Ninja itself.
+            "PATH": f"{self._ninja.parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "CFLAGS": f"{os.environ.get('CFLAGS', '')} {shlex.join(flags)}".strip(),
             "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {shlex.join(cxx_flags)}".strip(),
             "CCACHE_BASEDIR": str(root.resolve()),
