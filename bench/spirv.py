@@ -60,7 +60,7 @@ _INTEGER = re.compile(
 _CONVERSION = re.compile(r"Convert|[SUF]Convert$")
 _LEAST = 100  # instructions of the loop over blocks; the loops of the reduction are shorter
 
-KINDS = ("float", "integer", "conversion", "words loaded")
+KINDS = ("float", "integer", "conversion", "loads")
 
 
 @dataclass(frozen=True)

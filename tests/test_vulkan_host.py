@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import spirv
 from test_kernels_cross import OPTIONS, SANITIZERS
 
+import spirv
 from kernel_programs import GGML, REFERENCE, compile_search
 from llamabuild.shell import run
 from llamabuild.toolchain import find_compilers
