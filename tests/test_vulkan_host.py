@@ -73,47 +73,6 @@ def test_a_mistake_is_found(found: str, tmp_path: Path) -> None:
     assert found in output
 
 
-# a dot product by its number, for versions of glslc that do not know the extension
-DOT_PRODUCT = """\
-#extension GL_EXT_spirv_intrinsics : require
-spirv_instruction(extensions = ["SPV_KHR_integer_dot_product"], capabilities = [6019, 6018], id = 4450)
-int dot_packed(int a, int b, spirv_literal int format);
-#define dotPacked4x8EXT(a, b) dot_packed(a, b, 0)
-"""
-EXTENSION = "#extension GL_EXT_integer_dot_product : require\n"
-FLOAT16 = ("FLOAT16=1", "FLOAT_TYPE=float16_t", "FLOAT_TYPEV2=f16vec2")
-
-
-@pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize(
-    ("shader", "defines"),
-    [
-        ("mul_mat_vecq.comp", ("FLOAT_TYPE=float", "FLOAT_TYPEV2=vec2")),
-        ("mul_mat_vecq.comp", ("FLOAT_TYPE=float", "FLOAT_TYPEV2=vec2", "MUL_MAT_ID=1")),
-        ("mul_mmq.comp", FLOAT16),
-        ("mul_mmq.comp", (*FLOAT16, "MUL_MAT_ID=1")),
-    ],
-    ids=["vector", "vector_id", "tile", "tile_id"],
-)
-def test_shaders_with_integer_dot_products_compile(
-    shader: str, defines: tuple[str, ...], depth: int, tmp_path: Path
-) -> None:
-    """No build with Debian's glslc has them, and no software device runs them."""
-    if shutil.which("glslc") is None:
-        pytest.skip("glslc is missing (Debian: apt install glslc)")
-    source = GGML / "src" / SHADERS
-    if not source.is_dir():
-        pytest.skip(f"{source} is missing: make build")
-    folder = tmp_path / SHADERS
-    shutil.copytree(source, folder)
-    shutil.copy2(GGML / "src/ggml-trit-common.h", tmp_path)
-    text = (folder / shader).read_text(encoding="utf-8")
-    assert EXTENSION in text
-    (folder / shader).write_text(text.replace(EXTENSION, DOT_PRODUCT), encoding="utf-8")
-    flags = [f"-D{define}" for define in (f"DATA_A_TRIT{depth}=1", "D_TYPE=float", "ACC_TYPE=float", *defines)]
-    run(["glslc", "-fshader-stage=compute", "--target-env=vulkan1.2", *flags, folder / shader, "-o", tmp_path / "spv"])
-
-
 def test_operations(tmp_path: Path) -> None:
     """For a token, TRIT2 takes no more operations than Q4_K, the type that most files have."""
     if reason := spirv.unavailable():
