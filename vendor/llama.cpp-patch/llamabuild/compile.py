@@ -17,7 +17,15 @@ from .shell import BuildError, error_line, find_tool, outside_git, run
 from .toolchain import Compilers
 
 LIBRARIES = ("llama", "mtmd")  # ggml and its backends with them
-TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-bench", "llama-cli", "llama-server")
+TOOLS = (
+    "llama-perplexity",
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-bench",
+    "llama-cli",
+    "llama-server",
+    "ggml-rpc-server",
+)
 TESTS = ("test-backend-ops", "test-quantize-fns")
 TARGETS = (*LIBRARIES, *TOOLS, *TESTS)
 
@@ -57,6 +65,8 @@ def options(
         "GGML_CPU_ALL_VARIANTS": "ON" if all_variants else "OFF",
         "GGML_CUDA": "ON" if cuda else "OFF",
         "GGML_VULKAN": "ON" if vulkan else "OFF",
+        "GGML_RPC": "ON",
+        "GGML_RPC_RDMA": "OFF",  # else libibverbs, where the build finds it, would have to be everywhere
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": commit,
         "LLAMA_BUILD_TESTS": "ON",
