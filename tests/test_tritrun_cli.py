@@ -58,7 +58,7 @@ def test_missing_model(command: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_model_that_does_not_fit(command: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cli", "loading", "perplexity"):
+    for module in ("loading", "perplexity"):
         monkeypatch.setattr(f"tritrun.{module}.available_memory", lambda: 100_000)
     message = run(*command, tiny_model, exit_code=1).stderr
     assert "does not fit into memory" in message

@@ -10,11 +10,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tritcore.console import one_line
+from tritrun.servers import explain_loss
 
 NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}  # environment with which ggml starts no debugger on itself
 
@@ -33,18 +34,21 @@ def failed_check(line: str) -> str | None:
     return one_line(found["place"]) if found else None
 
 
-def end_in_one_line(model: Path, library_folder: Path) -> None:
+def end_in_one_line(model: Path, library_folder: Path, servers: Sequence[str] = ()) -> None:
     """From now on, what kills this process inside llama.cpp ends it with one line about `model` instead.
 
     Args:
         library_folder: of the libraries that this process loads, or has loaded.
+        servers: addresses of RPC servers that it uses; the line is about them where one is lost.
     """
     os.environ.update(NO_BACKTRACE)
 
     def end(reason: str) -> None:
-        line = f"error: {one_line(model)}: llama.cpp cannot run this model: {one_line(reason)}; "
-        advice = "it is damaged, or of a kind that this build does not know: download or convert it again\n"
-        os.write(2, (line + advice).encode(errors="replace"))
+        what = explain_loss(reason, servers) or (
+            f"{one_line(model)}: llama.cpp cannot run this model: {one_line(reason)}; it is damaged, or of a kind that "
+            "this build does not know: download or convert it again"
+        )
+        os.write(2, f"error: {what}\n".encode(errors="replace"))
         os._exit(1)  # no cleaning up: the library may hold locks, and its destructors fail too
 
     for library in library_folder.glob("libggml-base.*"):

@@ -13,6 +13,7 @@ from tritcore.errors import TritError
 from tritcore.gguf_header import ModelFile
 from tritcore.loads import refusal
 from tritrun import variants
+from tritrun.servers import explain_loss
 from tritrun.tools import run_tool
 
 _TOOL = "llama-bench"
@@ -50,6 +51,7 @@ class BenchRun:
 
     Attributes:
         cpu_only: leave GPUs alone, where llama-bench knows some.
+        servers: addresses of RPC servers that hold layers.
     """
 
     prompt_tokens: int
@@ -57,6 +59,7 @@ class BenchRun:
     repetitions: int
     threads: int
     cpu_only: bool = False
+    servers: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """The options of llama-bench that say so; those of forks are the same."""
@@ -65,15 +68,22 @@ class BenchRun:
             *("-r", str(self.repetitions), "-t", str(self.threads)),
         ]
 
-    def measure(self, model: ModelFile) -> Benchmark:
+    def measure(self, model: ModelFile, gpu_layers: int | None = None) -> Benchmark:
         """Run llama-bench on `model`.
 
+        Args:
+            gpu_layers: layers to keep on GPUs and servers; None leaves that to llama-bench.
+
         Raises:
-            TritError: the tool fails.
+            TritError: the tool fails, or a server is lost.
         """
         arguments = ["-m", str(model.path), *self.arguments(), "--progress"]
         if self.cpu_only:
             arguments += ["-dev", "none", "-ngl", "0"]
+        if self.servers:
+            arguments += ["--rpc", ",".join(self.servers)]
+        if gpu_layers is not None:
+            arguments += ["-ngl", str(gpu_layers)]
         output: list[str] = []
         name = escape(one_line(model.path.name))
         with err.status(name) as status:
@@ -85,6 +95,8 @@ class BenchRun:
 
             finished = run_tool(_TOOL, arguments, output.append, on_stderr)
         if finished.exit_code:
+            if loss := explain_loss(finished.reason, self.servers):
+                raise TritError(loss)
             # The program swallows llama.cpp's own reason for not loading a file.
             reason = refusal(model.path) if _NOT_LOADED in finished.reason else None
             raise TritError(f"{model.path}: {_TOOL}: {reason or finished.reason}")
@@ -101,7 +113,7 @@ class BenchRun:
         """All models in one table."""
         table = Table(
             caption=f"prompt of {self.prompt_tokens} tokens, answer of {self.answer_tokens}, "
-            f"{self.repetitions} runs, {self.threads} threads, {variants.in_use()}"
+            f"{self.repetitions} runs, {self.threads} threads, {variants.in_use()}{self._where()}"
         )
         table.add_column("model", overflow="fold")
         for heading in ("type", "size", "bpw", "prompt t/s", "answer t/s"):
@@ -117,6 +129,9 @@ class BenchRun:
                 str(benchmark.answer),
             )
         return table
+
+    def _where(self) -> str:
+        return f", with {', '.join(self.servers)}" if self.servers else ""
 
 
 def read_speeds(output: str) -> tuple[Speed, Speed]:

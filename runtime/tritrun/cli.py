@@ -28,14 +28,23 @@ from tritrun.compare import work_folder
 from tritrun.compare_plan import Plan, SpeedSettings
 from tritrun.engine import Engine
 from tritrun.grammar import grammar_of_schema, read_grammar
-from tritrun.machine import available_memory, physical_cores
-from tritrun.memory import check_memory
+from tritrun.loading import Loading
+from tritrun.machine import physical_cores
 from tritrun.models import read_projector, read_text_model
 from tritrun.naming import find_labelled
-from tritrun.options import MODEL_HELP, CpuOption, LoadingOptions, ModelArgument, ThreadsOption
+from tritrun.options import (
+    MODEL_HELP,
+    CpuOption,
+    LoadingOptions,
+    ModelArgument,
+    RpcOption,
+    ThreadsOption,
+    servers_of,
+)
 from tritrun.page import as_page
 from tritrun.peers import DEFAULT_RECIPES
 from tritrun.perplexity import Run
+from tritrun.rpc_server import PORT, RpcServerOptions, serve_rpc
 from tritrun.sampling import Sampling
 from tritrun.serve import serve as run_serve
 from tritrun.server import API_KEY, ServerOptions
@@ -126,7 +135,7 @@ def chat(
     interactive = question is None and err.is_terminal
     if interactive:
         note(f"loading {file.path.name} ({human_size(file.size)})")
-    end_in_one_line(file.path, library_folder())
+    end_in_one_line(file.path, library_folder(), [server.address for server in loading.servers])
     with Engine(file, loading) as engine:
         session = Chat(engine, answers, system)
         if question is not None:
@@ -228,14 +237,43 @@ def bench(
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Runs of each test.")] = 5,
     threads: ThreadsOption = None,
     cpu: CpuOption = None,
+    rpc: RpcOption = None,
 ) -> None:
     """Measure the speed of models, with llama.cpp's own llama-bench."""
     variants.force(cpu)
     files = [read_text_model(find_model(model)) for model in models]
+    loading = Loading(servers=servers_of(rpc, files))
+    layers = {file.path: loading.layers_on_gpu(file, prompt_tokens) if loading.servers else None for file in files}
     for file in files:
-        check_memory(file, prompt_tokens, available_memory())
-    run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores())
-    out.print(run.as_table([run.measure(file) for file in files]))
+        loading.check_memory(file, prompt_tokens, layers[file.path] or 0)
+    addresses = tuple(server.address for server in loading.servers)
+    run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores(), servers=addresses)
+    out.print(run.as_table([run.measure(file, layers[file.path]) for file in files]))
+
+
+@app.command(
+    epilog=examples(
+        "tritrun rpc-server --host 10.0.0.2",
+        "tritrun chat model-TRIT2.gguf --rpc 10.0.0.2:50052      (on another machine)",
+    )
+)
+def rpc_server(
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="IPv4 address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port.")] = PORT,
+    threads: ThreadsOption = None,
+    cpu: CpuOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Devices to lend, such as CPU.", show_default="GPUs, else CPU"),
+    ] = None,
+    cache: Annotated[bool, typer.Option("--cache", help="Keep large tensors on the disk, for the next time.")] = False,
+) -> None:
+    """Lend memory and processor to a model that runs on another machine, with llama.cpp's own ggml-rpc-server.
+
+    The address goes to stdout, everything else to stderr. Ctrl-C ends the server. It has no password and no encryption.
+    """
+    variants.force(cpu)
+    serve_rpc(RpcServerOptions(host, port, threads or physical_cores(), device, cache))
 
 
 @app.command(

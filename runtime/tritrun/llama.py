@@ -25,6 +25,7 @@ _BATCH = 512  # tokens computed at once
 _GUESSES = 4  # tokens that a draft model proposes at once
 _INVALID_DATA = "has invalid data"
 _GPUS = (1, 2)  # ggml_backend_dev_type: GPU, integrated GPU
+_RPC = b"RPC"  # the name of that backend
 _FULL = 1  # llama_decode: no room left in the context
 
 
@@ -49,20 +50,23 @@ class Llama:
         check: bool,
         kv_type: GGMLQuantizationType = GGMLQuantizationType.F16,
         adapters: Sequence[Adapter] = (),
+        servers: Sequence[str] = (),
     ) -> None:
         """Load a model.
 
         Args:
             n_ctx: context in tokens.
-            gpu_layers: layers to keep on a GPU.
+            gpu_layers: layers to keep on a GPU or on servers.
             check: whether all weights are valid: blocks of TRIT types, no NaN and no infinity.
             kv_type: of the key-value cache.
             adapters: to add to the weights.
+            servers: addresses of RPC servers, for this and all later models of the process.
 
         Raises:
             TritError: llama.cpp refuses the file.
         """
         self._cpp, log = load_bindings()
+        _use_servers(servers)
         cpp = self._cpp
         options = cpp.llama_model_default_params()
         options.n_gpu_layers = gpu_layers
@@ -286,20 +290,57 @@ def load_bindings() -> tuple[ModuleType, _ErrorLog]:
 
 def has_gpu() -> bool:
     """Whether this build and this machine can keep layers on a GPU. Raises TritError as `load_bindings`."""
-    return bool(load_bindings()[0].llama_supports_gpu_offload())
+    return any(True for _ in _gpus())
 
 
 def free_gpu_memory() -> int:
-    """Free bytes of all GPUs together."""
-    (registry,) = (ctypes.CDLL(str(path)) for path in library_folder().glob("libggml.*"))
-    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+    """Free bytes of all GPUs of this machine together."""
+    registry = _registry()
     free, total, found = ctypes.c_size_t(), ctypes.c_size_t(), 0
+    for device in _gpus():
+        registry.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found += free.value
+    return found
+
+
+def _gpus() -> Iterator[ctypes.c_void_p]:
+    """The GPUs of this machine; to llama.cpp, servers that a process uses are GPUs too."""
+    load_bindings()[0].llama_supports_gpu_offload()  # loads the backends, where nothing has done so
+    registry = _registry()
     for index in range(registry.ggml_backend_dev_count()):
         device = ctypes.c_void_p(registry.ggml_backend_dev_get(ctypes.c_size_t(index)))
-        if registry.ggml_backend_dev_type(device) in _GPUS:
-            registry.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-            found += free.value
-    return found
+        backend = ctypes.c_void_p(registry.ggml_backend_dev_backend_reg(device))
+        if registry.ggml_backend_dev_type(device) in _GPUS and registry.ggml_backend_reg_name(backend) != _RPC:
+            yield device
+
+
+def _registry() -> ctypes.CDLL:
+    """ggml's list of backends and devices."""
+    (registry,) = (ctypes.CDLL(str(path)) for path in library_folder().glob("libggml.*"))
+    pointers = ("dev_get", "dev_backend_reg", "reg_by_name", "reg_get_proc_address")
+    for name in pointers:
+        getattr(registry, f"ggml_backend_{name}").restype = ctypes.c_void_p
+    registry.ggml_backend_reg_name.restype = ctypes.c_char_p
+    return registry
+
+
+def _use_servers(addresses: Sequence[str]) -> None:
+    """Give llama.cpp RPC servers as devices; they stay until the process ends.
+
+    A server that is not there ends the process: `servers.find_servers` asks before. Raises TritError if this build has
+    no RPC.
+    """
+    if not addresses:
+        return
+    registry = _registry()
+    backend = ctypes.c_void_p(registry.ggml_backend_reg_by_name(_RPC))
+    if not backend:
+        raise TritError("this build of llama.cpp has no RPC; `make build` makes one that has it")
+    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(
+        registry.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_rpc_add_server")
+    )
+    for address in addresses:
+        registry.ggml_backend_register(ctypes.c_void_p(add_server(address.encode())))
 
 
 def _load(cpp: ModuleType, path: Path, options: Any) -> Any:

@@ -8,7 +8,8 @@ from tritcore.console import note
 from tritcore.gguf_header import ModelFile
 from tritrun.llama import Adapter, free_gpu_memory, has_gpu
 from tritrun.machine import available_memory
-from tritrun.memory import check_memory, layers_that_fit, n_layers
+from tritrun.memory import check_memory, layers_that_fit, n_layers, share_of_layers
+from tritrun.servers import Server
 
 _DEFAULT_CONTEXT = 4096
 
@@ -20,11 +21,13 @@ class Loading:
     Attributes:
         n_ctx: context in tokens; 0 takes all that the model was trained for, None at most 4096 of it.
         threads: CPU threads.
-        gpu_layers: layers to keep on a GPU: a number, "all", or "auto" for as many as fit.
+        gpu_layers: layers to keep on a GPU or on servers: a number, "all", or "auto", which is as many as fit on a GPU,
+            and with servers their share of the memory.
         check: see that all weights are valid.
         kv_type: of the key-value cache.
         adapters: to add to the weights.
-        draft: a smaller model with the same vocabulary, which guesses tokens.
+        draft: a smaller model with the same vocabulary, which guesses tokens. It stays on this machine.
+        servers: of other machines, which hold layers.
     """
 
     n_ctx: int | None = None
@@ -34,6 +37,7 @@ class Loading:
     kv_type: GGMLQuantizationType = GGMLQuantizationType.F16
     adapters: tuple[Adapter, ...] = ()
     draft: ModelFile | None = None
+    servers: tuple[Server, ...] = ()
 
     def context(self, model: ModelFile) -> int:
         """Tokens of context for `model`. Says if that is more than the model was trained for."""
@@ -47,19 +51,33 @@ class Loading:
         return min(trained, _DEFAULT_CONTEXT) or _DEFAULT_CONTEXT
 
     def layers_on_gpu(self, model: ModelFile, n_ctx: int) -> int:
-        """The number of layers that `gpu_layers` stands for; 0 where there is no GPU."""
-        if not has_gpu():
+        """The number of layers that `gpu_layers` stands for; 0 where there is neither a GPU nor a server."""
+        if not self.servers and not has_gpu():
             if self.gpu_layers not in ("0", "auto"):
                 note("this build of llama.cpp has no GPU support: --gpu-layers is ignored")
             return 0
         if self.gpu_layers == "auto":
-            return layers_that_fit(model, n_ctx, free_gpu_memory(), self.kv_type)
+            free = free_gpu_memory() + self._free_on_servers
+            fit = layers_that_fit(model, n_ctx, free, self.kv_type)
+            return min(fit, share_of_layers(model, free, available_memory())) if self.servers else fit
         return n_layers(model) if self.gpu_layers == "all" else min(int(self.gpu_layers), n_layers(model))
 
     def check_memory(self, model: ModelFile, n_ctx: int, on_gpu: int) -> None:
-        """Check that the model, and the one that guesses, fit into memory, less the layers on a GPU; else TritError."""
+        """Check that the model, and the one that guesses, fit into memory, less `on_gpu` layers; else TritError.
+
+        What servers hold must fit there, where there is no GPU to take it.
+        """
         free = available_memory()
         if self.draft is not None:
             check_memory(self.draft, n_ctx, free, kv_type=self.kv_type)
             free = None if free is None else free - self.draft.size
-        check_memory(model, n_ctx, free, on_gpu=on_gpu / n_layers(model), kv_type=self.kv_type)
+        elsewhere = on_gpu / n_layers(model)
+        check_memory(model, n_ctx, free, on_gpu=elsewhere, kv_type=self.kv_type)
+        if self.servers and not has_gpu():
+            where = ", ".join(server.address for server in self.servers)
+            free = self._free_on_servers
+            check_memory(model, n_ctx, free, on_gpu=1 - elsewhere, kv_type=self.kv_type, where=f"the memory of {where}")
+
+    @property
+    def _free_on_servers(self) -> int:
+        return sum(server.free for server in self.servers)

@@ -36,6 +36,16 @@ def layers_that_fit(
     return max(0, min(int((free - _TO_COMPUTE_WITH) / layer), n_layers(model)))
 
 
+def share_of_layers(model: ModelFile, elsewhere: int, here: int | None) -> int:
+    """The layers for servers and GPUs, so that the model fills their memory and this machine's to the same part.
+
+    Args:
+        elsewhere, here: free bytes; None is not known, and counts as much as elsewhere.
+    """
+    here = elsewhere if here is None else here
+    return round(n_layers(model) * elsewhere / max(1, elsewhere + here))
+
+
 def check_memory(
     model: ModelFile,
     n_ctx: int,
@@ -43,14 +53,16 @@ def check_memory(
     *,
     on_gpu: float = 0.0,
     kv_type: GGMLQuantizationType = GGMLQuantizationType.F16,
+    where: str = "memory",
 ) -> None:
     """Check that a model fits into memory.
 
     Args:
         n_ctx: context length in tokens.
         available: bytes of memory. None stands for an unknown number: every model passes.
-        on_gpu: share of the layers that a GPU holds, 0..1.
+        on_gpu: share of the layers that a GPU or another machine holds, 0..1.
         kv_type: of the key-value cache.
+        where: what has these bytes, for the error.
 
     Raises:
         TritError: weights and key-value cache need more than `available`.
@@ -59,7 +71,7 @@ def check_memory(
     cache = int(kv_cache_bytes(model, n_ctx, kv_type) * (1 - on_gpu))
     if available is not None and weights + cache > available:
         raise TritError(
-            f"{model.path} does not fit into memory: it needs {human_size(weights)} for weights and about "
+            f"{model.path} does not fit into {where}: it needs {human_size(weights)} for weights and about "
             f"{human_size(cache)} for a context of {n_ctx} tokens, {human_size(available)} are free; "
             "take a smaller --ctx or a smaller model"
         )

@@ -1,6 +1,7 @@
 """Options that several commands of tritrun have."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,7 @@ from tritrun.llama import Adapter
 from tritrun.loading import Loading
 from tritrun.machine import physical_cores
 from tritrun.models import read_adapter, read_text_model
+from tritrun.servers import Server, find_servers, read_addresses
 
 
 class KvType(str, Enum):
@@ -50,6 +52,12 @@ CpuOption = Annotated[
 ]
 
 
+RpcOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT,...", help="Machines with tritrun rpc-server, which hold a part of the model."),
+]
+
+
 @dataclass(frozen=True)
 class LoadingOptions:
     """Options of the commands that load a model to answer."""
@@ -65,7 +73,9 @@ class LoadingOptions:
     gpu_layers: Annotated[
         str,
         typer.Option(
-            metavar="N", help="Layers to keep on a GPU: a number, all, or auto for what fits.", callback=_gpu_layers
+            metavar="N",
+            help="Layers to keep on a GPU or on --rpc servers: a number, all, or auto for what fits.",
+            callback=_gpu_layers,
         ),
     ] = "auto"
     kv_type: Annotated[KvType, typer.Option("--kv-type", help="Type of the key-value cache.")] = KvType.F16
@@ -81,6 +91,7 @@ class LoadingOptions:
     mmproj: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The part of the model that sees or hears, in GGUF.")
     ] = None
+    rpc: RpcOption = None
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="See first that no weight and no block is damaged.")
     ] = True
@@ -89,8 +100,8 @@ class LoadingOptions:
         """How to load `model`.
 
         Raises:
-            TritError: an adapter or the model that guesses is not there, or is something else.
-            UsageError: an adapter is not of the form FILE or FILE=SCALE.
+            TritError: an adapter, the model that guesses or a server is not there, or is something else.
+            UsageError: an adapter is not of the form FILE or FILE=SCALE, or a server of the form HOST:PORT.
         """
         return Loading(
             self.ctx,
@@ -100,7 +111,18 @@ class LoadingOptions:
             GGMLQuantizationType[self.kv_type.name],
             tuple(_adapter(text, model) for text in self.lora or ()),
             read_text_model(find_model(self.draft)) if self.draft else None,
+            servers_of(self.rpc, [model]),
         )
+
+
+def servers_of(addresses: str | None, models: Sequence[ModelFile]) -> tuple[Server, ...]:
+    """The servers of `--rpc`, which compute with the types of `models` as this build does.
+
+    Raises:
+        TritError: one does not, or is not there.
+        UsageError: an address is not of the form HOST:PORT.
+    """
+    return find_servers(read_addresses(addresses), models) if addresses is not None else ()
 
 
 def _adapter(text: str, model: ModelFile) -> Adapter:

@@ -10,6 +10,7 @@ from tritcore.errors import TritError, UsageError
 from tritcore.gguf_header import ModelFile
 from tritrun.llama import has_gpu, refusal
 from tritrun.loading import Loading
+from tritrun.servers import explain_loss
 from tritrun.tool_log import read_record
 from tritrun.tools import run_tool
 
@@ -56,23 +57,32 @@ def run_server(model: ModelFile, options: ServerOptions, on_ready: Callable[[str
             of Ctrl-C, ends the server.
 
     Raises:
-        TritError: the model does not fit into memory, is damaged, the address is taken, or the server fails.
+        TritError: the model does not fit into memory, is damaged, the address is taken, an RPC server is lost, or the
+            server fails.
         UsageError: an adapter has a name that the server does not take.
     """
-    n_ctx = options.loading.context(model)
-    if options.loading.gpu_layers == "0" or not has_gpu():  # else the server makes it fit
-        options.loading.check_memory(model, n_ctx * options.parallel, on_gpu=0)
+    loading = options.loading
+    n_ctx = loading.context(model)
+    gpu_layers = loading.gpu_layers
+    if loading.servers:
+        on_gpu = loading.layers_on_gpu(model, n_ctx * options.parallel)
+        loading.check_memory(model, n_ctx * options.parallel, on_gpu)
+        gpu_layers = str(on_gpu)
+    elif gpu_layers == "0" or not has_gpu():  # else the server makes it fit
+        loading.check_memory(model, n_ctx * options.parallel, on_gpu=0)
     log = _Log(options.verbose, lambda url: on_ready(url, n_ctx))
     environment = {API_KEY: options.api_key} if options.api_key else {}
     finished = run_tool(
         _PROGRAM,
-        _arguments(model, options, n_ctx),
+        _arguments(model, options, n_ctx, gpu_layers),
         log.feed,
         environment=environment,
         seconds_to_end=_SECONDS_TO_END,
     )
     if finished.exit_code == 0:
         return
+    if loss := explain_loss(finished.reason, [server.address for server in loading.servers]):
+        raise TritError(loss)
     reason = log.first_error or finished.reason
     if _TAKEN in reason:
         raise TritError(f"{options.host}:{options.port} cannot be listened on: is it in use? Choose another --port")
@@ -81,12 +91,12 @@ def run_server(model: ModelFile, options: ServerOptions, on_ready: Callable[[str
     raise TritError(f"{_PROGRAM} has ended: {reason}")
 
 
-def _arguments(model: ModelFile, options: ServerOptions, n_ctx: int) -> list[str]:
+def _arguments(model: ModelFile, options: ServerOptions, n_ctx: int, gpu_layers: str) -> list[str]:
     loading, kv_type = options.loading, options.loading.kv_type.name.lower()
     arguments = ["--model", model.path, "--host", options.host, "--port", options.port]
     # Each user has a context of his own, which no other one can fill.
     arguments += ["--ctx-size", n_ctx * options.parallel, "--parallel", options.parallel, "--no-kv-unified"]
-    arguments += ["--threads", loading.threads, "--gpu-layers", loading.gpu_layers]
+    arguments += ["--threads", loading.threads, "--gpu-layers", gpu_layers]
     arguments += ["--cache-type-k", kv_type, "--cache-type-v", kv_type, "--embeddings", "--pooling", "mean"]
     arguments += ["--check-tensors"] if loading.check else []
     for adapter in loading.adapters:
@@ -95,6 +105,9 @@ def _arguments(model: ModelFile, options: ServerOptions, n_ctx: int) -> list[str
         arguments += ["--lora-scaled", f"{adapter.path}:{adapter.scale}"]
     if loading.draft is not None:
         arguments += ["--model-draft", loading.draft.path, "--spec-type", "draft-simple"]
+    if loading.servers:  # which hold layers, and nothing else
+        arguments += ["--rpc", ",".join(server.address for server in loading.servers), "--fit", "off"]
+        arguments += ["--no-mmproj-offload", "--gpu-layers-draft", "0"]
     if options.mmproj is not None:
         arguments += ["--mmproj", options.mmproj]
     # With others, any page that a browser shows could talk to the server.
