@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import ggml
+import numpy as np
 import openai
 import pytest
 from checkpoints import ROOT
@@ -25,7 +26,9 @@ from gguf import GGMLQuantizationType
 from tiny_gguf import LAYERS, write_tiny_model
 
 from slow_link import slow_link
+from tritcore.codec import Blocks, pack
 from tritcore.errors import TritError, UsageError
+from tritcore.format import CODE_MAX
 from tritcore.gguf_header import read_model_file
 from tritcore.gguf_types import DEPTH_OF_TYPE
 from tritrun import rpc, servers
@@ -337,6 +340,52 @@ def test_a_server_outlives_strange_clients(two_servers: list[str]) -> None:
             connection._send(Command.GET_TENSOR, wanted.pack() + struct.pack("<QQ", 0, wanted.n_bytes))
             connection._receive(1)
     assert ask(two_servers[0], TYPES).free > 0
+
+
+GET_ROWS = 40  # GGML_OP_GET_ROWS
+F32, I32 = GGMLQuantizationType.F32, GGMLQuantizationType.I32
+
+
+@build
+@pytest.mark.parametrize("rows", [32, 24])  # the first are interleaved
+@pytest.mark.parametrize("qtype", TYPES)
+def test_a_server_has_the_rows_of_a_matrix_as_they_came(
+    two_servers: list[str], qtype: GGMLQuantizationType, rows: int
+) -> None:
+    depth = DEPTH_OF_TYPE[qtype]
+    rng = np.random.default_rng(rows)
+    codes = rng.integers(-CODE_MAX[depth], CODE_MAX[depth] + 1, (2 * rows, 64), dtype=np.int8)
+    blocks = Blocks(depth, codes, rng.integers(9, 18, (2 * rows, 4), dtype=np.uint8))
+    data, weights = pack(blocks).tobytes(), blocks.decode().reshape(rows, 128)
+    host, _, port = two_servers[0].partition(":")
+    with Connection(host, int(port), 20) as server:
+        server.hello()
+        buffer, base = server.alloc_buffer(0, 1 << 20)
+        places = iter(range(base, base + (1 << 20), 1 << 16))
+        matrix = Tensor(1, qtype, (128, rows), buffer, next(places))
+        columns = Tensor(2, F32, (128, 4), buffer, next(places))
+        product = Tensor(3, F32, (rows, 4), buffer, next(places), rpc.OP_MUL_MAT, (1, 2))
+        numbers = Tensor(4, I32, (3, 1), buffer, next(places))
+        picked = Tensor(5, F32, (128, 3), buffer, next(places), GET_ROWS, (1, 4))
+        server.write(columns, np.eye(128, dtype="<f4")[[0, 1, 64, 127]].tobytes())
+        server.write(numbers, np.array([0, 17, rows - 1], "<i4").tobytes())
+
+        def multiply() -> bytes:
+            server.compute(0, product, (matrix, columns))
+            return server.read(product)
+
+        server.write(matrix, data)
+        first = multiply()
+        result = np.frombuffer(first, "<f4").reshape(4, rows).T
+        assert np.abs(result - weights[:, [0, 1, 64, 127]]).max() < 0.01 * np.abs(weights).max()
+        assert multiply() == first
+        assert server.read(matrix) == data
+        assert multiply() == first
+        server.compute(0, picked, (matrix, numbers))
+        assert (np.frombuffer(server.read(picked), "<f4").reshape(3, 128) == weights[[0, 17, rows - 1]]).all()
+        assert multiply() == first
+        server.write(matrix, pack(blocks).tobytes())
+        assert multiply() == first
 
 
 @contextmanager
