@@ -19,6 +19,7 @@ VERSION = (7, 0, 0)
 OP_MUL_MAT = 29
 """GGML_OP_MUL_MAT"""
 
+_COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE: backends pass over nodes without it
 _DIMS, _SOURCES, _CAPS = 4, 10, 24
 _TENSOR = struct.Struct(f"<QIQ{_DIMS}I{_DIMS}II64si{_SOURCES}QQQQ64si")  # rpc_tensor
 
@@ -80,8 +81,9 @@ class Tensor:
         strides = (GGML_QUANT_SIZES[self.type][1], self._row_bytes, self.n_bytes, self.n_bytes)
         sources = (*self.sources, *[0] * (_SOURCES - len(self.sources)))
         shape = (*self.shape, 1, 1)
+        flags = _COMPUTE if self.op else 0
         return _TENSOR.pack(
-            self.id, self.type, self.buffer, *shape, *strides, self.op, b"", 0, *sources, 0, 0, self.data, b"", 0
+            self.id, self.type, self.buffer, *shape, *strides, self.op, b"", flags, *sources, 0, 0, self.data, b"", 0
         )
 
 

@@ -18,7 +18,6 @@ PORT = 50052
 """llama.cpp's default."""
 
 _PROGRAM = "ggml-rpc-server"
-_ACCEPTED = "Accepted client connection"
 _CLOSED = "Client connection closed"
 _NOT_BOUND = "Failed to create server socket"
 _LOOPBACK = "127.0.0.1"
@@ -111,10 +110,6 @@ class _Log:
                 note(f"lends up to {human_size(self._server.free)} of memory, to one client at a time; Ctrl-C ends it")
                 typer.echo(self._public)
                 sys.stdout.flush()
-        elif self._is_checked:
-            for sign, news in ((_ACCEPTED, "a client has come"), (_CLOSED, "the client has gone")):
-                if sign in line:
-                    note(news)
 
     def feed_error(self, line: str) -> None:
         """Take a line of stderr."""
