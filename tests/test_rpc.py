@@ -520,22 +520,8 @@ def test_two_machines_with_a_slow_network(
 ) -> None:
     one, two, host, _ = two_machines
     for side in (one, two):
-        limit = [
-            "tc",
-            "qdisc",
-            "add",
-            "dev",
-            "cable",
-            "root",
-            "tbf",
-            "rate",
-            "20mbit",
-            "burst",
-            "64kb",
-            "latency",
-            "1s",
-        ]
-        subprocess.run([*side, *limit], check=True)
+        limit = "tc qdisc add dev cable root tbf rate 20mbit burst 64kb latency 1s"
+        subprocess.run([*side, *limit.split()], check=True)
     with lending("--host", host, before=one) as (address, _):
         options = ("--rpc", address, "--gpu-layers", "all")
         assert answer(models[896], *options, before=two) == answer(models[896])
@@ -548,9 +534,14 @@ def test_a_machine_that_loses_its_network(
 ) -> None:
     one, two, host, name = two_machines
     with lending("--host", host, before=one) as (address, server), long_answer(models[576], address, two) as chat:
+        (program,) = map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split())
         start = time.monotonic()
+        # The client waits for an answer then, and has sent nothing that the other end's system has not confirmed.
+        os.kill(program, signal.SIGSTOP)
+        time.sleep(1)
         subprocess.run(["ip", "-n", name, "link", "set", "cable", "down"], check=True)
         _, stderr = chat.communicate(timeout=120)
+        os.kill(program, signal.SIGCONT)
         assert stderr.startswith(f"error: {address} has ended, or closed the connection (")
         assert stderr.count("\n") == 1
         assert time.monotonic() - start < 60

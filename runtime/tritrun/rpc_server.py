@@ -66,10 +66,10 @@ def serve_rpc(options: RpcServerOptions) -> None:
         return
     finally:
         log.stop()
-    if log.failure is not None:
-        raise log.failure
-    if _NOT_BOUND in finished.last_words:
+    if _NOT_BOUND in finished.last_words:  # then whoever is there has been checked
         raise TritError(f"{host}:{options.port} cannot be listened on: is it in use? Choose another --port")
+    if failure := log.failure():
+        raise failure
     raise TritError(f"{_PROGRAM} has ended: {log.first_error or finished.reason}")
 
 
@@ -80,7 +80,6 @@ class _Log:
 
     Attributes:
         first_error: the first error that the program names.
-        failure: what is wrong with the server, if anything is.
     """
 
     def __init__(self, own: str, public: str) -> None:
@@ -91,11 +90,11 @@ class _Log:
             public: its address for others.
         """
         self.first_error = ""
-        self.failure: TritError | None = None
         self._public = public
         self._stopped = threading.Event()
         self._is_checked = False
         self._server: Server | None = None
+        self._failure: TritError | None = None
         self._check = threading.Thread(target=self._ask, args=[own], daemon=True)
         self._check.start()
 
@@ -103,9 +102,8 @@ class _Log:
         """Take a line of stdout. Raises TritError if the check of the server has failed."""
         if _CLOSED in line and not self._is_checked:
             self._is_checked = True
-            self._check.join()
-            if self.failure is not None:
-                raise self.failure
+            if failure := self.failure():
+                raise failure
             if self._server is not None:
                 note(f"lends up to {human_size(self._server.free)} of memory, to one client at a time; Ctrl-C ends it")
                 typer.echo(self._public)
@@ -117,10 +115,14 @@ class _Log:
         if is_error:
             self.first_error = self.first_error or one_line(what)
 
-    def stop(self) -> None:
-        """Let the thread end."""
-        self._stopped.set()
+    def failure(self) -> TritError | None:
+        """What is wrong with the server, if anything is, once the thread knows."""
         self._check.join()
+        return self._failure
+
+    def stop(self) -> None:
+        """Look for the server no longer."""
+        self._stopped.set()
 
     def _ask(self, address: str) -> None:
         while not self._stopped.wait(_SECONDS_BETWEEN):
@@ -129,7 +131,7 @@ class _Log:
             except UnreachableError:
                 continue  # not yet
             except TritError as error:
-                self.failure = error
+                self._failure = error
             return
 
 
