@@ -356,7 +356,7 @@ F32, I32 = GGMLQuantizationType.F32, GGMLQuantizationType.I32
 
 
 @build
-@pytest.mark.parametrize("rows", [32, 24])  # the first are interleaved
+@pytest.mark.parametrize("rows", [32, 24])  # a whole number of strips of 16, and not
 @pytest.mark.parametrize("qtype", TYPES)
 def test_a_server_has_the_rows_of_a_matrix_as_they_came(
     two_servers: list[str], qtype: GGMLQuantizationType, rows: int
