@@ -30,8 +30,13 @@ def write_wheel(folder: Path, **changed: bytes | None) -> Path:
     return folder / NAME
 
 
+def check(wheel: Path, place: Path) -> None:
+    portable.check(wheel, VARIANTS)
+    portable.check_places(wheel, [place])
+
+
 def test_a_whole_wheel_passes(tmp_path: Path) -> None:
-    portable.check(write_wheel(tmp_path), VARIANTS, [tmp_path])
+    check(write_wheel(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +51,7 @@ def test_what_a_wheel_may_not_be(name: str, content: bytes | None, reason: str, 
     content = content.replace(b"%s", bytes(tmp_path)) if content else content
     wheel = write_wheel(tmp_path, **{f"llama_cpp/lib/{name}": content})
     with pytest.raises(BuildError, match=reason):
-        portable.check(wheel, VARIANTS, [tmp_path])
+        check(wheel, tmp_path)
 
 
 @pytest.mark.parametrize(

