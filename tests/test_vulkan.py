@@ -23,6 +23,8 @@ DEVICE = "Vulkan0"
 ENVIRONMENT = os.environ | {"GGML_VK_VISIBLE_DEVICES": "0"}  # a device that is a CPU is not taken otherwise
 VALIDATION = "VK_LAYER_KHRONOS_validation"
 
+_ATTEMPTS = 5
+
 
 @cache
 def unavailable() -> str | None:
@@ -49,8 +51,16 @@ def run(program: Path, *arguments: object, **variables: str) -> subprocess.Compl
 
 
 def check_operators(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """What upstream's tests of operators say."""
-    return run(BUILD / "cmake/bin/test-backend-ops", "test", "-b", DEVICE, *arguments, **variables)
+    """What upstream's tests of operators say.
+
+    The lavapipe of Mesa 22.3 corrupts its heap in some runs of MUL_MAT_ID, with upstream's types and without our patch
+    too. So a run that a signal ends is tried again; one that computes something wrong is not.
+    """
+    for _ in range(_ATTEMPTS):
+        done = run(BUILD / "cmake/bin/test-backend-ops", "test", "-b", DEVICE, *arguments, **variables)
+        if done.returncode >= 0:
+            break
+    return done
 
 
 def verdicts(output: str, operator: str) -> dict[str, str]:

@@ -7,6 +7,7 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "ops.h"
 #include "trit.h"
 
 #include <algorithm>
@@ -214,9 +215,12 @@ class traits : public tensor_traits {
         int32_t token;
     };
 
+    // Where the reference is wanted, ggml-cpu's own product uses the memory instead: it has a counter besides for each
+    // expert, on a cache line of its own, and aligns its parts.
     static size_t experts_size(const ggml_tensor * op) {
         const ggml_tensor * ids = op->src[2];
-        return op->src[0]->ne[2]*(sizeof(int64_t) + ggml_nelements(ids)*sizeof(expert_row));
+        const int64_t n_experts = op->src[0]->ne[2];
+        return n_experts*(sizeof(int64_t) + ggml_nelements(ids)*sizeof(expert_row)) + (n_experts + 3)*CACHE_LINE_SIZE;
     }
 
     static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
