@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Build, check and measure the CUDA backend on a machine with an NVIDIA GPU.
+"""Build, check and measure the CUDA or the Vulkan backend on a machine with a GPU.
 
-The machine needs the CUDA toolkit with cuBLAS, CMake, Ninja, a C++ compiler, and Python with NumPy; no package of ours.
-`pack` makes one file of the patched source, to take along. There, `all` does the other steps: `build`, `check` (ggml's
-own tests, once more under compute-sanitizer) and `speed` (models with random weights, each layer as in a model of 7B).
-Each step prints its results and leaves them in gpu.json, so steps can be run one by one.
+The machine needs CMake, Ninja, a C++ compiler, Python with NumPy, and the CUDA toolkit with cuBLAS, or glslc and the
+headers and the loader of Vulkan; no package of ours. `pack` makes one file of the patched source, to take along. There,
+`all` does the other steps: `build`, `check` (ggml's own tests, some again under compute-sanitizer or the validation
+layers) and `speed` (models with random weights, each layer as in a model of 7B). `--device` says which backend. Each
+step prints its results and leaves them in gpu.json, so steps can be run one by one.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from llamabuild.shell import BuildError, run  # noqa: E402
 TREE = ROOT / "build/src/vendor/llama.cpp"
 PROGRAMS = ("test-backend-ops", "llama-bench", "llama-perplexity", "llama-quantize")
 # not needed for these programs; the rest is about 10 MB packed
-PRUNED = ("models", "docs", "media", "benches", "ggml/src/ggml-vulkan", "ggml/src/ggml-opencl", "ggml/src/ggml-hexagon")
+PRUNED = ("models", "docs", "media", "benches", "ggml/src/ggml-opencl", "ggml/src/ggml-hexagon")
 
 OPERATIONS = "MUL_MAT,MUL_MAT_ID,GET_ROWS,CPY"
 OURS = ("TRIT1", "TRIT2", "TRIT3", "TRIT4")
@@ -49,11 +50,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="for programs and models (default: build/gpu)",
     )
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="for gpu.json (default: as --work)")
-    parser.add_argument("--architectures", default="native", metavar="LIST", help="(default: that of the GPU)")
-    parser.add_argument("--device", default="CUDA0", metavar="NAME", help="(default: CUDA0)")
+    parser.add_argument("--architectures", default="native", metavar="LIST", help="for CUDA (default: the GPU's)")
+    parser.add_argument("--device", default="CUDA0", metavar="NAME", help="or Vulkan0 (default: CUDA0)")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="of the models (default: 8)")
     options = parser.parse_args(arguments)
     options.output = options.output or options.work
+    options.cuda = options.device.startswith("CUDA")
     return options
 
 
@@ -79,10 +81,17 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
             archive.extractall(tree, filter="data")
     made = options.work / "cmake"
     values = compiling.options(
-        all_variants=False, cuda=True, commit="gpu", cuda_architectures=options.architectures
-    )  # no flash attention: half of the time to compile, and no weights in it
+        all_variants=False,
+        cuda=options.cuda,
+        vulkan=not options.cuda,
+        commit="gpu",
+        cuda_architectures=options.architectures,
+    )
+    # no flash attention: half of the time to compile, and no weights in it
     run(["cmake", "-G", "Ninja", "-S", tree, "-B", made, *values, "-DGGML_CUDA_FA=OFF"])
     run(["cmake", "--build", made, "--target", *PROGRAMS])
+    if not options.cuda:
+        return {"glslc": run(["glslc", "--version"]).strip().splitlines()[0]}
     source = Path(__file__).with_name("gpu.cu")
     run(["nvcc", "-O3", "-std=c++17", "-arch=native", source, "-lcublas", "-o", made / "bin/gpu"])
     return {"nvcc": run(["nvcc", "--version"]).strip().splitlines()[-1]}
@@ -93,24 +102,30 @@ def _program(options: argparse.Namespace, name: str, *arguments: object) -> str:
 
 
 def check(options: argparse.Namespace) -> dict[str, Any]:
-    """Run ggml's tests of our types, all of them and some under compute-sanitizer.
+    """Run ggml's tests of our types: all of them, and some under what finds wrong accesses.
 
     Raises:
         BuildError: a test fails, or memory is accessed out of bounds.
     """
     every = ("test", "-b", options.device, "-o", OPERATIONS, "-p", "trit")
-    printed = _program(options, "test-backend-ops", *every)
-    passed = re.search(r"(\d+)/(\d+) tests passed", printed)
-    if passed is None:
-        raise BuildError(f"test-backend-ops ran no test on {options.device}")
     # rows of an odd number of blocks end at the end of memory
     some = (*every[:-1], r"trit.*([kn]=576|ne_src=\[192)")
+    passed = _passed(_program(options, "test-backend-ops", *every))
     program = options.work / "cmake/bin/test-backend-ops"
-    printed = run(["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", program, *some])
-    clean = re.search(r"(\d+)/(\d+) tests passed", printed)
-    if clean is None:
-        raise BuildError("compute-sanitizer ran no test")
-    return {"passed": int(passed[1]), "passed under memcheck": int(clean[1])}
+    if options.cuda:
+        printed = run(["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", program, *some])
+        return {"passed": passed, "passed under memcheck": _passed(printed)}
+    printed = run([program, *some], env={**os.environ, "VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation"})
+    if message := re.search(r"^.*(?:VUID|Validation Error).*$", printed, re.MULTILINE):
+        raise BuildError(f"the validation layers say: {message[0]}")
+    return {"passed": passed, "passed under validation": _passed(printed)}
+
+
+def _passed(printed: str) -> int:
+    found = re.search(r"(\d+)/(\d+) tests passed", printed)
+    if found is None or not int(found[1]):
+        raise BuildError("test-backend-ops ran no test on this device")
+    return int(found[1])
 
 
 def make_models(folder: Path, tree: Path, layers: int, options: argparse.Namespace) -> dict[str, Path]:
@@ -165,7 +180,7 @@ def vector_products(options: argparse.Namespace) -> dict[str, float]:
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all types beside each other."""
-    peak = dict(line.split() for line in _program(options, "gpu").splitlines())
+    peak = dict(line.split() for line in _program(options, "gpu").splitlines()) if options.cuda else {}
     files = make_models(options.work / "models", options.work / "src", options.layers, options)
     measured: dict[str, Any] = {name: bench(options, path) for name, path in files.items()}
     for name, microseconds in vector_products(options).items():
@@ -178,24 +193,26 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 def verdicts(results: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     """Each target: what, the figure, what is asked for, whether it is met."""
-    types, cublas = results["types"], results["cublas_f16_microseconds"]
+    types, cublas = results["types"], results.get("cublas_f16_microseconds")
 
     def ratio(phase: str) -> float:
         return types["TRIT2"][phase] / types["Q4_K"][phase]
 
     wide = max(abs(types[name]["perplexity"] / types[name]["perplexity_cpu"] - 1) for name in OURS)
-    product = cublas / types["TRIT2"]["vector_product_us"]
-    return [
+    targets = [
         ("decode TRIT2 / Q4_K", ratio("tg128"), ">= 1", ratio("tg128") >= 1),
         ("prompt TRIT2 / Q4_K", ratio("pp512"), ">= 0.9", ratio("pp512") >= 0.9),
-        ("cuBLAS F16 / TRIT2, matrix times vector", product, ">= 3", product >= 3),
         ("perplexity, GPU and CPU differ by", wide, f"<= {DIFFERENCE}", wide <= DIFFERENCE),
     ]
+    if cublas is not None:
+        product = cublas / types["TRIT2"]["vector_product_us"]
+        targets.append(("cuBLAS F16 / TRIT2, matrix times vector", product, ">= 3", product >= 3))
+    return targets
 
 
 def show(results: dict[str, Any]) -> None:
     """Print the figures as Markdown."""
-    copy = results["copy_bytes_per_second"]
+    copy = results.get("copy_bytes_per_second", float("nan"))
     print("| | tg128 | pp512 | bytes/s | of a copy | matrix times vector, us |")
     print("|---|---|---|---|---|---|")
     for name, figures in results["types"].items():
@@ -205,7 +222,9 @@ def show(results: dict[str, Any]) -> None:
             f"| {name} | {figures['tg128']:.1f} | {figures['pp512']:.0f} | {rate:.3g} | {rate / copy:.0%} "
             f"| {product:.1f} |"
         )
-    print(f"\ncopy: {copy:.3g} bytes/s; cuBLAS F16: {results['cublas_f16_microseconds']:.1f} us\n")
+    if "cublas_f16_microseconds" in results:
+        print(f"\ncopy: {copy:.3g} bytes/s; cuBLAS F16: {results['cublas_f16_microseconds']:.1f} us")
+    print()
     for what, figure, asked, met in verdicts(results):
         print(f"{what}: {figure:.4g}, target {asked}: {'met' if met else 'missed'}")
 
@@ -219,7 +238,7 @@ def measure(options: argparse.Namespace) -> None:
     for name, step in steps.items():
         if options.step in ("all", name):
             facts[name] = step(options)
-            if options.device.startswith("CUDA"):
+            if options.cuda:
                 facts["gpu"] = run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]).strip()
             report.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             if name == "speed":
