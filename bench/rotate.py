@@ -94,7 +94,8 @@ def make(options: argparse.Namespace) -> None:
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         weights = load_file(source / "model.safetensors")
-        shutil.copytree(source, options.output, dirs_exist_ok=True)
+        others = shutil.ignore_patterns("model.safetensors", "config.json")
+        shutil.copytree(source, options.output, dirs_exist_ok=True, ignore=others)
         made = rotate(weights, config, options.hidden, options.groups, options.seed)
         save_file(made, options.output / "model.safetensors", metadata={"format": "pt"})
         (options.output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,27 +8,23 @@ A server does its layers while the others wait, so one thread each keeps one cor
 """
 
 import argparse
-import signal
 import socket
-import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
 from command import exit_status
 from programs import machine
+from served import served
 from slow_link import slow_link
 from tritcore.console import out
-from tritcore.errors import TritError
 from tritcore.gguf_header import read_model_file
 from tritrun.bench import BenchRun
 from tritrun.memory import n_layers
-
-_SPEEDS = ("prompt", "answer")
+from tritrun.rounds import PHASES, run_round, summarize
 
 
 def main() -> None:
@@ -42,9 +38,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     options = parser.parse_args()
     model = read_model_file(options.model)
-    samples: dict[tuple[str, str], list[float]] = {}
     with ExitStack() as stack:
-        addresses = [stack.enter_context(_lending()) for _ in range(2)]
+        lending = ("rpc-server", "--threads", 1, "--port")
+        addresses = [stack.enter_context(served(*lending, _free_port())) for _ in range(2)]
         places: dict[str, tuple[list[str], int | None]] = {
             "alone": ([], None),
             "one server, all layers": (addresses[:1], n_layers(model)),
@@ -57,39 +53,26 @@ def main() -> None:
                 for address in addresses
             ]
             places["two servers, slow network"] = (slow, n_layers(model))
-        for measured in [False] + options.rounds * [True]:  # the first round warms up
-            for name, (servers, layers) in places.items():
-                run = BenchRun(options.prompt_tokens, options.answer_tokens, 1, 1, not servers, tuple(servers))
-                done = run.measure(model, layers)
-                for kind in _SPEEDS if measured else ():
-                    samples.setdefault((name, kind), []).append(getattr(done, kind).mean)
+
+        def test(servers: list[str], layers: int | None) -> dict[str, float]:
+            run = BenchRun(options.prompt_tokens, options.answer_tokens, 1, 1, not servers, tuple(servers))
+            return run.measure(model, layers).by_phase
+
+        tests = {name: partial(test, *place) for name, place in places.items()}
+        _, *rounds = (run_round(tests, number) for number in range(options.rounds + 1))  # the first one warms up
     title = f"{options.model.name}, {options.prompt_tokens} and {options.answer_tokens} tokens, {machine()['cpu']}"
-    table = Table("", *(f"{kind} t/s" for kind in _SPEEDS), title=title)
+    table = Table("", *(f"{phase} t/s" for phase in PHASES), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for name in places:
-        table.add_row(name, *(_figure(samples[name, kind]) for kind in _SPEEDS))
+        speeds = summarize(rounds, name)
+        table.add_row(name, *(speeds[phase].format(1) for phase in PHASES))
     out.print(table)
 
 
-def _figure(speeds: list[float]) -> str:
-    return f"{statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f})"
-
-
-@contextmanager
-def _lending() -> Iterator[str]:
-    """The address of a server with one thread."""
+def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "tritrun", "rpc-server", "--port", str(port), "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        try:
-            if not (address := process.stdout.readline().strip()):
-                raise TritError("the server does not start")
-            yield address
-        finally:
-            process.send_signal(signal.SIGINT)
+        return int(taken.getsockname()[1])
 
 
 if __name__ == "__main__":

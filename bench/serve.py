@@ -6,14 +6,11 @@ bench/serve.py MODEL.gguf --draft SMALL.gguf     each beside a server with that 
 """
 
 import argparse
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
@@ -21,8 +18,8 @@ from rich.table import Table
 
 from command import exit_status
 from programs import machine
+from served import served
 from tritcore.console import out
-from tritcore.errors import TritError
 
 _TOPICS = ("rivers", "bread", "winter", "music", "ships", "gardens", "letters", "bridges")
 _CONTEXT = 1024
@@ -37,13 +34,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="of an answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     options = parser.parse_args()
+    command = ("serve", options.model, "--port", 0, "--parallel", max(options.clients), "--ctx", _CONTEXT)
     drafts = {"none": []} | ({options.draft.name: ["--draft", options.draft]} if options.draft else {})
     samples: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(_serving(options.model, max(options.clients), more))
-            for name, more in drafts.items()
-        }
+        servers = {name: stack.enter_context(served(*command, *more)) for name, more in drafts.items()}
         for measured in [False] + options.rounds * [True]:  # the first round warms up
             for clients in options.clients:
                 for name, url in servers.items():
@@ -59,21 +54,6 @@ def main() -> None:
         spread = f"{min(speeds):.0f} to {max(speeds):.0f}"
         table.add_row(name, str(clients), f"{middle:.0f}", spread, f"{middle / clients:.0f}")
     out.print(table)
-
-
-@contextmanager
-def _serving(model: Path, parallel: int, more: Sequence[object]) -> Iterator[str]:
-    """The address of a server."""
-    command = [sys.executable, "-m", "tritrun", "serve", model, "--port", 0, "--parallel", parallel]
-    command += ["--ctx", _CONTEXT, *more]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            if not (url := process.stdout.readline().strip()):
-                raise TritError("the server does not start")
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)
 
 
 def _tokens_per_second(url: str, clients: int, n_tokens: int) -> float:

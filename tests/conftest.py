@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hub
 import pytest
-from checkpoints import make_checkpoint, smollm2_checkpoint, to_f16_gguf
+from checkpoints import SMOLLM2_GGUF, make_checkpoint, smollm2_checkpoint, to_f16_gguf, tritconv
 from huggingface_hub import constants
 from tiny_gguf import write_tiny_model
 
@@ -28,6 +28,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of SmolLM2-135M-Instruct, in float16."""
     return smollm2_checkpoint(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_trit3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model: SmolLM2-135M-Instruct in TRIT3, by search."""
+    path = tmp_path_factory.mktemp("trit3") / "SmolLM2-135M-Instruct-TRIT3.gguf"
+    done = tritconv("gguf-to-gguf", SMOLLM2_GGUF, "--fast", "--depth", 3, "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path
 
 
 @pytest.fixture(scope="session")

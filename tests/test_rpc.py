@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from checkpoints import ROOT
 from command_line import tritconv
 from fake_rpc import OURS, FakeServer, running, sized
 from gguf import GGMLQuantizationType
+from started import started
 from tiny_gguf import LAYERS, write_tiny_model
 
 from slow_link import slow_link
@@ -226,22 +227,14 @@ def refusal(*arguments: object) -> str:
     return done.stderr.removeprefix("error: ").rstrip("\n")
 
 
-@contextmanager
-def lending(*options: object, before: Sequence[str] = ()) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+def lending(
+    *options: object, before: Sequence[str] = ()
+) -> "AbstractContextManager[tuple[str, subprocess.Popen[str]]]":
     """A server, and its address."""
     command = [*before, sys.executable, "-m", "tritrun", "rpc-server", "--threads", "1", *map(str, options)]
     if "--port" not in options:
         command += ["--port", str(free_port())]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            if not address:
-                raise AssertionError(process.communicate()[1])
-            yield address, process
-        finally:
-            process.kill()
+    return started(command)
 
 
 @pytest.fixture(scope="module")
@@ -291,17 +284,11 @@ def test_a_slow_link(models: dict[int, Path], two_servers: list[str]) -> None:
 def serving(model: Path, *options: object) -> Iterator[tuple[openai.OpenAI, "subprocess.Popen[str]"]]:
     """`tritrun serve`, and a client of it."""
     command = [sys.executable, "-m", "tritrun", "serve", model, "--port", 0, "--ctx", 512, "--threads", 1, *options]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            if not url:
-                raise AssertionError(process.communicate()[1])
-            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-                yield client, process
-        finally:
-            process.kill()
+    with (
+        started(command) as (url, process),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        yield client, process
 
 
 @build
@@ -402,15 +389,8 @@ def long_answer(model: Path, address: str, before: Sequence[str] = ()) -> Iterat
     """A chat whose layers are all on a server, in the middle of an endless answer."""
     options = ("--prompt", "hello", "--temp", "0", "--ctx", "32768", "--rpc", address, "--gpu-layers", "all")
     command = [*before, sys.executable, "-m", "tritrun", "chat", str(model), *options]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            assert process.stdout is not None
-            if not process.stdout.read(1):
-                raise AssertionError(process.communicate()[1])
-            yield process
-        finally:
-            process.kill()
+    with started(command, n_characters=1) as (_, process):
+        yield process
 
 
 @build

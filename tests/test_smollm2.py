@@ -10,7 +10,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pytest
-from checkpoints import SMOLLM2_GGUF, llama_quantize, to_f16_gguf, tritconv
+from checkpoints import llama_quantize, to_f16_gguf, tritconv
 from gguf import GGMLQuantizationType as Type
 
 from tritcore.gguf_header import read_model_file
@@ -63,10 +63,8 @@ def test_kl_divergence_falls_with_depth(
     assert divergence[4] <= 0.015
 
 
-def test_the_demo_model_knows_the_capital_of_france(tmp_path: Path) -> None:
-    path = tmp_path / "trit3.gguf"
-    assert tritconv("gguf-to-gguf", SMOLLM2_GGUF, "--fast", "--depth", 3, "-o", path).returncode == 0
-    done = _tritrun("chat", path, "--prompt", "What is the capital of France?", "--system", "", "--temp", 0)
+def test_the_demo_model_knows_the_capital_of_france(smollm2_trit3: Path) -> None:
+    done = _tritrun("chat", smollm2_trit3, "--prompt", "What is the capital of France?", "--system", "", "--temp", 0)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
 

@@ -10,15 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from browser import Page, find_browser, open_browser
-from checkpoints import ROOT, SMOLLM2_GGUF
-from command_line import tritconv
+from checkpoints import ROOT
+from started import started
 from tiny_gguf import damaged, write_tiny_adapter, write_tiny_model
 
 pytestmark = pytest.mark.build
@@ -49,35 +49,15 @@ def tritrun(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@contextmanager
-def serving(*arguments: object) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+def serving(*arguments: object) -> "AbstractContextManager[tuple[str, subprocess.Popen[str]]]":
     """A server with these arguments, and its address."""
-    command = [sys.executable, "-m", "tritrun", "serve", *map(str, arguments), "--port", "0"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().strip()
-            if not url:
-                raise AssertionError(process.communicate()[1])
-            yield url, process
-        finally:
-            process.kill()
+    return started([sys.executable, "-m", "tritrun", "serve", *arguments, "--port", "0"])
 
 
 @pytest.fixture(scope="module")
-def trit3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in TRIT3."""
-    model = tmp_path_factory.mktemp("served") / "SmolLM2-135M-Instruct-TRIT3.gguf"
-    done = tritconv("gguf-to-gguf", SMOLLM2_GGUF, "--fast", "--depth", 3, "-o", model)
-    assert done.returncode == 0, done.stderr
-    return model
-
-
-@pytest.fixture(scope="module")
-def server(trit3: Path) -> Iterator[str]:
+def server(smollm2_trit3: Path) -> Iterator[str]:
     """It serves eight users."""
-    with serving(trit3, "--parallel", 8, "--ctx", 1024, "--api-key", KEY) as (url, _):
+    with serving(smollm2_trit3, "--parallel", 8, "--ctx", 1024, "--api-key", KEY) as (url, _):
         yield url
 
 
@@ -126,7 +106,7 @@ def test_json_by_a_schema(client: openai.OpenAI) -> None:
     assert isinstance(answer["rivers"], int)
 
 
-def test_a_tool_is_called(trit3: Path) -> None:
+def test_a_tool_is_called(smollm2_trit3: Path) -> None:
     parameters = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
     function = {"name": "weather", "description": "The weather of a city", "parameters": parameters}
     chat: list[dict[str, Any]] = []
@@ -140,7 +120,7 @@ def test_a_tool_is_called(trit3: Path) -> None:
         ]
     chat.append({"role": "user", "content": "What is the weather in Paris?"})
     with (
-        serving(trit3, "--", "--chat-template-file", WITH_TOOLS) as (url, _),
+        serving(smollm2_trit3, "--", "--chat-template-file", WITH_TOOLS) as (url, _),
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         answer = ask(client, messages=chat, tools=[{"type": "function", "function": function}], max_tokens=100).choices[
@@ -182,10 +162,10 @@ def test_a_question_longer_than_the_context(client: openai.OpenAI) -> None:
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium")
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm, so the build has no web page")
-def test_a_chat_in_the_browser(trit3: Path) -> None:
+def test_a_chat_in_the_browser(smollm2_trit3: Path) -> None:
     """The page is upstream's, so this looks only for what any page of a chat has."""
     with (
-        serving(trit3, "--ctx", 1024, "--", "--predict", 48) as (url, process),
+        serving(smollm2_trit3, "--ctx", 1024, "--", "--predict", 48) as (url, process),
         open_browser(str(find_browser()), online=True) as page,
     ):
         page.open(url, 1000)

@@ -9,7 +9,6 @@ from pathlib import Path
 from pydoc_data import topics
 
 import pytest
-from checkpoints import SMOLLM2_GGUF, tritconv
 
 import across_rows
 from llamabuild.vulkan import MODULE
@@ -95,24 +94,15 @@ def test_validation_layers_find_nothing() -> None:
     assert re.findall(r"^.*(?:VUID|Validation).*$", done.stdout + done.stderr, re.M) == []
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model."""
-    path = tmp_path_factory.mktemp("model") / "trit3.gguf"
-    done = tritconv("gguf-to-gguf", SMOLLM2_GGUF, "--fast", "--depth", 3, "-o", path)
-    assert done.returncode == 0, done.stderr
-    return path
-
-
 @pytest.mark.slow
-def test_perplexity_is_that_of_the_weights_in_float16(model: Path, tmp_path: Path) -> None:
+def test_perplexity_is_that_of_the_weights_in_float16(smollm2_trit3: Path, tmp_path: Path) -> None:
     # The CPU rounds activations to 8 bits where it multiplies by TRIT, a device without integer dot products does not.
     decoded = tmp_path / "decoded.gguf"
-    across_rows.write_decoded(model, decoded, 2)
+    across_rows.write_decoded(smollm2_trit3, decoded, 2)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(topics.topics[name] for name in sorted(topics.topics)))
     found = {}
-    for file, device, layers in ((model, DEVICE, 99), (decoded, "none", 0)):
+    for file, device, layers in ((smollm2_trit3, DEVICE, 99), (decoded, "none", 0)):
         options = ("-m", file, "-f", text, "-c", 256, "--chunks", 2, "-dev", device, "-ngl", layers)
         done = run(find_tool("llama-perplexity"), *options)
         estimate = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
@@ -122,8 +112,8 @@ def test_perplexity_is_that_of_the_weights_in_float16(model: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_demo_answers(model: Path) -> None:
+def test_the_demo_answers(smollm2_trit3: Path) -> None:
     options = ("--prompt", "What is the capital of France?", "--system", "", "--temp", 0)
-    done = run(Path(sys.executable), "-m", "tritrun", "chat", model, "--gpu-layers", "auto", *options)
+    done = run(Path(sys.executable), "-m", "tritrun", "chat", smollm2_trit3, "--gpu-layers", "auto", *options)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout

@@ -135,7 +135,7 @@ def chat(
     interactive = question is None and err.is_terminal
     if interactive:
         note(f"loading {file.path.name} ({human_size(file.size)})")
-    end_in_one_line(file.path, library_folder(), [server.address for server in loading.servers])
+    end_in_one_line(file.path, library_folder(), loading.addresses)
     with Engine(file, loading) as engine:
         session = Chat(engine, answers, system)
         if question is not None:
@@ -246,8 +246,7 @@ def bench(
     layers = {file.path: loading.layers_on_gpu(file, prompt_tokens) if loading.servers else None for file in files}
     for file in files:
         loading.check_memory(file, prompt_tokens, layers[file.path] or 0)
-    addresses = tuple(server.address for server in loading.servers)
-    run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores(), servers=addresses)
+    run = BenchRun(prompt_tokens, answer_tokens, repetitions, threads or physical_cores(), servers=loading.addresses)
     out.print(run.as_table([run.measure(file, layers[file.path]) for file in files]))
 
 

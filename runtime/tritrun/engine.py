@@ -48,8 +48,9 @@ class Engine:
         on_gpu = loading.layers_on_gpu(model, n_ctx)
         loading.check_memory(model, n_ctx, on_gpu)
         settings = {"n_ctx": n_ctx, "threads": loading.threads, "check": loading.check, "kv_type": loading.kv_type}
-        servers = [server.address for server in loading.servers]
-        self._llama = Llama(model.path, gpu_layers=on_gpu, adapters=loading.adapters, servers=servers, **settings)
+        self._llama = Llama(
+            model.path, gpu_layers=on_gpu, adapters=loading.adapters, servers=loading.addresses, **settings
+        )
         self._draft: Llama | None = None
         self.n_ctx = n_ctx
         self._merges_system = False

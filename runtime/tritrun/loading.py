@@ -74,9 +74,14 @@ class Loading:
         elsewhere = on_gpu / n_layers(model)
         check_memory(model, n_ctx, free, on_gpu=elsewhere, kv_type=self.kv_type)
         if self.servers and not has_gpu():
-            where = ", ".join(server.address for server in self.servers)
+            where = ", ".join(self.addresses)
             free = self._free_on_servers
             check_memory(model, n_ctx, free, on_gpu=1 - elsewhere, kv_type=self.kv_type, where=f"the memory of {where}")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of the servers."""
+        return tuple(server.address for server in self.servers)
 
     @property
     def _free_on_servers(self) -> int:

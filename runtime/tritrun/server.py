@@ -81,7 +81,7 @@ def run_server(model: ModelFile, options: ServerOptions, on_ready: Callable[[str
     )
     if finished.exit_code == 0:
         return
-    if loss := explain_loss(finished.reason, [server.address for server in loading.servers]):
+    if loss := explain_loss(finished.reason, loading.addresses):
         raise TritError(loss)
     reason = log.first_error or finished.reason
     if _TAKEN in reason:
@@ -106,7 +106,7 @@ def _arguments(model: ModelFile, options: ServerOptions, n_ctx: int, gpu_layers:
     if loading.draft is not None:
         arguments += ["--model-draft", loading.draft.path, "--spec-type", "draft-simple"]
     if loading.servers:  # which hold layers, and nothing else
-        arguments += ["--rpc", ",".join(server.address for server in loading.servers), "--fit", "off"]
+        arguments += ["--rpc", ",".join(loading.addresses), "--fit", "off"]
         arguments += ["--no-mmproj-offload", "--gpu-layers-draft", "0"]
     if options.mmproj is not None:
         arguments += ["--mmproj", options.mmproj]

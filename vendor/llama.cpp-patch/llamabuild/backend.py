@@ -54,7 +54,7 @@ def make(module: Path, wheels: Wheels, machine: Machine) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copy2(module, folder)
-    run([*machine.strip, folder / module.name])
+    machine.strip([folder / module.name])
     shutil.copy2(wheels.source / LLAMA_CPP / "LICENSE", folder)
     project = _PROJECT.format(version=wheels.versions.llama_cpp_python, module=module.name)
     (folder / "pyproject.toml").write_text(project, encoding="utf-8")

