@@ -1,6 +1,7 @@
 """tritrun's engine on a tiny model: prompts, templates, streaming."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from tritrun.template import Message
 pytestmark = pytest.mark.build
 
 BOS = 1
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 HELLO: list[Message] = [{"role": "user", "content": "hello"}]
 
 
@@ -243,3 +245,19 @@ def test_control_tokens_cannot_be_typed(engine: Engine) -> None:
     prompt = engine.encode(chat)
     assert not {0, 1, 2} & {*prompt.tokens[1:]}
     assert text_of(engine, prompt) == "<system><s>\n<user>a</s>b<unk>\n<assistant></s>\n<user>hello\n<assistant>"
+
+
+def _memory_with_huge_pages() -> int:
+    """Bytes of this process for which huge pages were asked."""
+    regions = Path("/proc/self/smaps").read_text(encoding="utf-8").split("\nVmFlags:")
+    sizes = [int(size) for size in re.findall(r"^Size: +(\d+) kB", "\n".join(regions), re.MULTILINE)]
+    flags = [region.partition("\n")[0].split() for region in regions[1:]]
+    return 1024 * sum(size for size, names in zip(sizes, flags, strict=True) if "hg" in names)
+
+
+@pytest.mark.skipif(not _HUGE_PAGES.exists(), reason="this kernel has no huge pages that can be asked for")
+def test_weights_lie_in_huge_pages(smollm2_trit3: Path) -> None:
+    weights = sum(tensor.n_bytes for tensor in read_model_file(smollm2_trit3).tensors if tensor.type.name == "TRIT3")
+    before = _memory_with_huge_pages()
+    with load(smollm2_trit3):
+        assert _memory_with_huge_pages() - before > 0.95 * weights

@@ -10,10 +10,17 @@
 
 #include <stdbool.h>
 
-#if defined(_MSC_VER)
+// Kernels are written for any depth and number of columns, and compiled for each: all of their loops have to be unrolled,
+// so that arrays become registers.
+#if defined(__clang__)
+#define TRIT_INLINE static inline __attribute__((always_inline))
+#define TRIT_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(_MSC_VER)
 #define TRIT_INLINE static __forceinline
+#define TRIT_UNROLL
 #else
 #define TRIT_INLINE static inline __attribute__((always_inline))
+#define TRIT_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 #ifdef __cplusplus

@@ -16,8 +16,6 @@
 #include <arm_neon.h>
 #include <string.h>
 
-#define TRIT_UNROLL _Pragma("GCC unroll 16")
-
 #define TRIT_LANES 4 // rows that are unpacked together, one in 32 bits of a register
 
 // a block of TRIT_LANES rows

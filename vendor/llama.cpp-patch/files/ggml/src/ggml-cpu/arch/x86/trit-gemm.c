@@ -17,12 +17,6 @@
 
 #ifdef GGML_TRIT_GEMM
 
-#if defined(_MSC_VER)
-#define TRIT_UNROLL
-#else
-#define TRIT_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define TRIT_LANES    16
 #define TRIT_VECTOR_REGISTER "v"
@@ -144,25 +138,24 @@ static inline int sums_per_group(int depth) {
 }
 
 // What becomes of the codes of a block: they are kept, for many columns, or multiplied by few columns at once, so that
-// they need no registers.
+// they need no registers. The number of columns is no member but a parameter, 0 if codes are kept, for the compiler to know it.
 struct sink {
-    vint * code; // [16], or NULL
-    int    n_cols;
+    vint * code; // [16]
     const struct trit_activations * y[TRIT_FEW_COLUMNS];
     vint   sum[TRIT_FEW_COLUMNS][NG_TRIT*2]; // of groups, or of their halves
 };
 
 // codes first..first + n - 1
-TRIT_INLINE void take_codes(int depth, struct sink * sink, int first, int n, const vint * code) {
+TRIT_INLINE void take_codes(int depth, int n_cols, struct sink * sink, int first, int n, const vint * code) {
     TRIT_UNROLL
     for (int i = 0; i < n; ++i) {
-        if (sink->code) {
+        if (n_cols == 0) {
             sink->code[first + i] = code[i];
             continue;
         }
         const int s = (first + i)*sums_per_group(depth)/4;
         TRIT_UNROLL
-        for (int c = 0; c < sink->n_cols; ++c) {
+        for (int c = 0; c < n_cols; ++c) {
             sink->sum[c][s] = dot_4(sink->sum[c][s], code[i], broadcast_4(sink->y[c]->qs + 4*(first + i)));
         }
     }
@@ -266,7 +259,8 @@ TRIT_INLINE struct quad unpack_pairs(struct quad q, vint code[2]) {
 // the second pair is what the field has besides the first, in bytes: a multiplication less for each word
 TRIT_INLINE struct quad unpack_pairs(struct quad q, vint code[2]) {
     code[0] = quad_field(q, 9);
-    code[1] = V(sub_epi8)(quad_field(q, 81), V(add_epi8)(code[0], V(slli_epi16)(code[0], 3)));
+    const vint times_9 = v_table(_mm_setr_epi8(0, 9, 18, 27, 36, 45, 54, 63, 72, 0, 0, 0, 0, 0, 0, 0));
+    code[1] = V(sub_epi8)(quad_field(q, 81), V(shuffle_epi8)(times_9, code[0]));
     return quad_rest(q, 81);
 }
 
@@ -291,7 +285,7 @@ TRIT_INLINE vint pair_scales(vint pair) {
 }
 
 // Codes of the rows from lane0 on, to a sink. Returns the bytes k0..k3 of each row.
-TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, struct sink * sink) {
+TRIT_INLINE vint unpack_codes(int depth, int n_cols, const uint16_t * words, int lane0, struct sink * sink) {
     vint code[4];
     if (depth == 1) {
         struct quad q[2];
@@ -301,7 +295,7 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, stru
             TRIT_UNROLL
             for (int j = 0; j < 8; j += 4) {
                 q[i] = unpack_trits(q[i], code);
-                take_codes(depth, sink, 8*i + j, 4, code);
+                take_codes(depth, n_cols, sink, 8*i + j, 4, code);
             }
         }
         return V(packus_epi16)(mul3_add(field(q[0].a, 9), field(q[1].a, 3)), mul3_add(field(q[0].b, 9), field(q[1].b, 3)));
@@ -313,10 +307,10 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, stru
             TRIT_UNROLL
             for (int j = 0; j < 4; j += 2) {
                 q = unpack_pairs(q, code);
-                take_codes(depth, sink, 5*i + j, 2, code);
+                take_codes(depth, n_cols, sink, 5*i + j, 2, code);
             }
             code[0] = quad_field(q, 9);
-            take_codes(depth, sink, 5*i + 4, 1, code);
+            take_codes(depth, n_cols, sink, 5*i + 4, 1, code);
         }
         vint pair = v_load(words + 12*TRIT_STRIP + 2*lane0);
         const vint w0 = field(pair, 9);
@@ -324,7 +318,7 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, stru
         const vint w1 = field(pair, 9);
         pair = rest(pair, 9);
         code[0] = v_or(w0, V(slli_epi16)(w1, 8));
-        take_codes(depth, sink, 15, 1, code);
+        take_codes(depth, n_cols, sink, 15, 1, code);
         return pair_scales(pair);
     }
     if (depth == 3) {
@@ -332,14 +326,14 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, stru
         TRIT_UNROLL
         for (int i = 0; i < 5; ++i) {
             q[i] = unpack_quad(words, lane0, i, 3, 27, code);
-            take_codes(depth, sink, 3*i, 3, code);
+            take_codes(depth, n_cols, sink, 3*i, 3, code);
         }
         // the four fields of a word: of its copies, two each
         const vint single = v_load_twice(words + 20*TRIT_STRIP + lane0);
         const vint even   = field(V(mullo_epi16)(single, V(set1_epi32)(1 |  81 << 16)), 9);
         const vint odd    = field(V(mullo_epi16)(single, V(set1_epi32)(9 | 729 << 16)), 9);
         code[0] = mul3_add(v_or(even, V(slli_epi16)(odd, 8)), quad_field(q[3], 3));
-        take_codes(depth, sink, 15, 1, code);
+        take_codes(depth, n_cols, sink, 15, 1, code);
         return V(packus_epi16)(
             mul3_add(mul3_add(field(q[0].a, 3), field(q[1].a, 3)), field(q[2].a, 3)),
             mul3_add(mul3_add(field(q[0].b, 3), field(q[1].b, 3)), field(q[2].b, 3)));
@@ -348,15 +342,15 @@ TRIT_INLINE vint unpack_codes(int depth, const uint16_t * words, int lane0, stru
     for (int i = 0; i < 3; ++i) {
         const struct quad u = unpack_quad(words, lane0, 2*i + 0, 2, 81, code);
         const struct quad l = unpack_quad(words, lane0, 2*i + 1, 2, 81, code + 2);
-        take_codes(depth, sink, 4*i, 4, code);
+        take_codes(depth, n_cols, sink, 4*i, 4, code);
         code[0] = V(packus_epi16)(mul9_add(field(u.a, 9), field(l.a, 9)), mul9_add(field(u.b, 9), field(l.b, 9)));
-        take_codes(depth, sink, 12 + i, 1, code);
+        take_codes(depth, n_cols, sink, 12 + i, 1, code);
     }
     const vint pair   = v_load(words + 24*TRIT_STRIP + 2*lane0);
     const vint single = v_load_twice(words + 26*TRIT_STRIP + lane0);
     const vint odd    = field(V(mullo_epi16)(single, V(set1_epi32)(1 | 81 << 16)), 81);
     code[0] = v_or(field(pair, 81), V(slli_epi16)(odd, 8));
-    take_codes(depth, sink, 15, 1, code);
+    take_codes(depth, n_cols, sink, 15, 1, code);
     return pair_scales(rest(pair, 81));
 }
 
@@ -392,11 +386,19 @@ TRIT_INLINE void lookup_ratios(vint k, vint * even, vint * odd) {
 }
 
 // VNNI sums a group to 32 bits, the others to two sums of 16 bits: each needs the ratio
-TRIT_INLINE vint widen_ratio(vint ratio) {
+TRIT_INLINE vint low_ratio(vint pair) {
 #if TRIT_VNNI
-    return ratio;
+    return v_and(pair, V(set1_epi32)(0xffff));
 #else
-    return v_or(ratio, V(slli_epi32)(ratio, 16));
+    return V(shuffle_epi8)(pair, v_table(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13)));
+#endif
+}
+
+TRIT_INLINE vint high_ratio(vint pair) {
+#if TRIT_VNNI
+    return V(srli_epi32)(pair, 16);
+#else
+    return V(shuffle_epi8)(pair, v_table(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15)));
 #endif
 }
 
@@ -404,18 +406,17 @@ TRIT_INLINE void unpack_ratios(int depth, vint k, vint ratio[NG_TRIT]) {
     vint even;
     vint odd;
     lookup_ratios(k, &even, &odd);
-    const vint low = V(set1_epi32)(0xffff);
 #if TRIT_VNNI
     if (depth < 4) {
-        ratio[1] = v_and(odd, low);
-        ratio[2] = v_upper_half(V(srli_epi32)(even, 16), odd); // of groups 2 and 3
+        ratio[1] = low_ratio(odd);
+        ratio[2] = v_upper_half(high_ratio(even), odd); // of groups 2 and 3
         return;
     }
 #endif
-    ratio[0] = widen_ratio(V(set1_epi32)(TRIT_RATIO_ONE));
-    ratio[1] = widen_ratio(v_and(odd, low));
-    ratio[2] = widen_ratio(V(srli_epi32)(even, 16));
-    ratio[3] = widen_ratio(V(srli_epi32)(odd, 16));
+    ratio[0] = V(set1_epi32)(TRIT_VNNI ? TRIT_RATIO_ONE : TRIT_RATIO_ONE*0x10001);
+    ratio[1] = low_ratio(odd);
+    ratio[2] = high_ratio(even);
+    ratio[3] = high_ratio(odd);
 }
 
 // the first octave of anchors, where 3*k0 + 2*(k1 + k2 + k3) mod 6 as an eighth finds them: it tells k0 mod 2 and
@@ -442,8 +443,8 @@ TRIT_INLINE vfloat unpack_anchor(const float * anchors, vint k) {
     return v_as_float(V(sub_epi32)(top, octave));
 }
 
-TRIT_INLINE void unpack_to(struct sink * sink, int depth, const float * anchors, const uint16_t * words, int lane0, struct strip_scales * scales) {
-    const vint k = unpack_codes(depth, words, lane0, sink);
+TRIT_INLINE void unpack_to(struct sink * sink, int depth, int n_cols, const float * anchors, const uint16_t * words, int lane0, struct strip_scales * scales) {
+    const vint k = unpack_codes(depth, n_cols, words, lane0, sink);
     unpack_ratios(depth, k, scales->ratio);
     scales->anchor = unpack_anchor(anchors, k);
 }
@@ -451,7 +452,7 @@ TRIT_INLINE void unpack_to(struct sink * sink, int depth, const float * anchors,
 TRIT_INLINE void unpack_block(int depth, const float * anchors, const uint16_t * words, int lane0, struct strip_block * x) {
     struct sink sink;
     sink.code = x->code;
-    unpack_to(&sink, depth, anchors, words, lane0, &x->scales);
+    unpack_to(&sink, depth, 0, anchors, words, lane0, &x->scales);
 }
 
 //
@@ -493,8 +494,6 @@ TRIT_INLINE void unpack_and_dot(int depth, const float * anchors, const uint16_t
     struct strip_scales scales;
     struct sink sink;
 
-    sink.code   = NULL;
-    sink.n_cols = n_cols;
     TRIT_UNROLL
     for (int c = 0; c < n_cols; ++c) {
         sink.y[c] = y[c] + ib;
@@ -503,7 +502,7 @@ TRIT_INLINE void unpack_and_dot(int depth, const float * anchors, const uint16_t
             sink.sum[c][i] = V(set1_epi32)(sink.y[c]->bias[i]);
         }
     }
-    unpack_to(&sink, depth, anchors, words, lane0, &scales);
+    unpack_to(&sink, depth, n_cols, anchors, words, lane0, &scales);
     TRIT_UNROLL
     for (int c = 0; c < n_cols; ++c) {
         const vfloat first = add_half(depth, 0, sink.sum[c],            &scales, sink.y[c], V(setzero_ps)());
