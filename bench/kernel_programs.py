@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from programs import BUILD, ROOT, cpu_flags
@@ -18,7 +18,12 @@ from tritcore.errors import TritError
 QEMU = "qemu-aarch64"
 
 _CROSS_COMPILER = "aarch64-linux-gnu-gcc"
-_PACKAGES = {_CROSS_COMPILER: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross", QEMU: "qemu-user", "clang++": "clang"}
+_PACKAGES = {
+    _CROSS_COMPILER: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+    QEMU: "qemu-user",
+    "clang": "clang",
+    "clang++": "clang",
+}
 _MACHINES = {"arm": ("aarch64", "arm64"), "x86": ("x86_64", "AMD64")}
 
 _OURS = ROOT / "vendor/llama.cpp-patch/files/ggml/src"
@@ -36,12 +41,14 @@ class Target:
         arch: the folder of ggml-cpu/arch.
         flags: the compiler's.
         needs: what /proc/cpuinfo must announce to run the program without qemu.
+        cross_compiler: the command for programs that qemu runs.
     """
 
     name: str
     arch: str
     flags: tuple[str, ...]
     needs: tuple[str, ...]
+    cross_compiler: tuple[str, ...] = (_CROSS_COMPILER, "-static")
 
     @property
     def is_native(self) -> bool:
@@ -51,7 +58,7 @@ class Target:
     @property
     def compiler(self) -> list[str]:
         """The command that compiles."""
-        return shlex.split(os.environ.get("CC", "cc")) if self.is_native else [_CROSS_COMPILER, "-static"]
+        return shlex.split(os.environ.get("CC", "cc")) if self.is_native else [*self.cross_compiler]
 
     @property
     def runner(self) -> list[str]:
@@ -67,7 +74,8 @@ class Target:
             return f"this CPU lacks {', '.join(missing)}" if missing else None
         if self.arch != "arm":
             return f"{self.name} needs an x86-64 machine"
-        return missing_programs((_CROSS_COMPILER, QEMU))
+        # clang takes the libraries of GCC
+        return missing_programs(dict.fromkeys((self.cross_compiler[0], _CROSS_COMPILER, QEMU)))
 
     def build(self, source: Path, program: Path, options: Sequence[str], others: Iterable[Path] = ()) -> None:
         """Compile `source` and the kernels, and `others`, to `program`.
@@ -88,6 +96,12 @@ NEON = (
     Target("neon", "arm", ("-march=armv8-a",), ("asimd",)),
     Target("dotprod", "arm", ("-march=armv8.2-a+dotprod+fp16",), ("asimddp", "asimdhp")),
     Target("i8mm", "arm", ("-march=armv8.6-a+dotprod+i8mm",), ("asimddp", "i8mm")),
+)
+
+# as the compiler of a Mac
+NEON_BY_CLANG = tuple(
+    replace(target, name=f"{target.name} by clang", cross_compiler=("clang", "--target=aarch64-linux-gnu", "-static"))
+    for target in NEON
 )
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import neon_instructions
-from kernel_programs import NEON, X86, Target
+from kernel_programs import NEON, NEON_BY_CLANG, X86, Target
 
 pytestmark = pytest.mark.build
 
@@ -17,7 +17,7 @@ OPTIONS = ("-O1", "-ffp-contract=off")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
 
 
-@pytest.mark.parametrize("target", [*NEON, *X86], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [*NEON, *NEON_BY_CLANG, *X86], ids=lambda target: target.name)
 def test_kernels(target: Target, tmp_path: Path) -> None:
     if reason := target.unavailable():
         pytest.skip(reason)
@@ -28,11 +28,11 @@ def test_kernels(target: Target, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_executed_instructions(tmp_path: Path) -> None:
-    """For a token, TRIT2 takes at most 1.15 times the instructions of Q3_K, which has about its size."""
-    target = next(target for target in NEON if target.name == "dotprod")
+@pytest.mark.parametrize("target", [NEON[1], NEON_BY_CLANG[1]], ids=lambda target: target.name)
+def test_executed_instructions(target: Target, tmp_path: Path) -> None:
+    """For a token, TRIT2 takes fewer instructions than Q3_K, which has about its size."""
     if reason := neon_instructions.unavailable(target):
         pytest.skip(reason)
     trit2, q3_k = "TRIT2 strip, 1 column", "Q3_K row"
     counts = neon_instructions.count(target, tmp_path / "count", only=(trit2, q3_k))
-    assert 10 < counts[trit2] <= 1.15 * counts[q3_k]
+    assert 10 < counts[trit2] < counts[q3_k]
