@@ -413,7 +413,7 @@ TRIT_INLINE void unpack_ratios(int depth, vint k, vint ratio[NG_TRIT]) {
         return;
     }
 #endif
-    ratio[0] = V(set1_epi32)(TRIT_VNNI ? TRIT_RATIO_ONE : TRIT_RATIO_ONE*0x10001);
+    ratio[0] = V(set1_epi32)(TRIT_VNNI ? TRIT_RATIO_ONE : TRIT_RATIO_ONE*0x10001); // in both halves
     ratio[1] = low_ratio(odd);
     ratio[2] = high_ratio(even);
     ratio[3] = high_ratio(odd);
