@@ -41,14 +41,14 @@ class Target:
         arch: the folder of ggml-cpu/arch.
         flags: the compiler's.
         needs: what /proc/cpuinfo must announce to run the program without qemu.
-        cross_compiler: the command for programs that qemu runs.
+        by_clang: whether clang compiles it, as on a Mac, whatever CC says.
     """
 
     name: str
     arch: str
     flags: tuple[str, ...]
     needs: tuple[str, ...]
-    cross_compiler: tuple[str, ...] = (_CROSS_COMPILER, "-static")
+    by_clang: bool = False
 
     @property
     def is_native(self) -> bool:
@@ -58,7 +58,9 @@ class Target:
     @property
     def compiler(self) -> list[str]:
         """The command that compiles."""
-        return shlex.split(os.environ.get("CC", "cc")) if self.is_native else [*self.cross_compiler]
+        if self.is_native:
+            return ["clang"] if self.by_clang else shlex.split(os.environ.get("CC", "cc"))
+        return [*(("clang", "--target=aarch64-linux-gnu") if self.by_clang else (_CROSS_COMPILER,)), "-static"]
 
     @property
     def runner(self) -> list[str]:
@@ -69,13 +71,16 @@ class Target:
         """Why programs cannot be built or run here, and what to install; None if they can."""
         if not GGML.is_dir():
             return f"{GGML} is missing: make build"
+        clang = ("clang",) if self.by_clang else ()
         if self.is_native:
             missing = [flag for flag in self.needs if flag not in cpu_flags()]
-            return f"this CPU lacks {', '.join(missing)}" if missing else None
+            if missing:
+                return f"this CPU lacks {', '.join(missing)}"
+            return missing_programs(clang)
         if self.arch != "arm":
             return f"{self.name} needs an x86-64 machine"
         # clang takes the libraries of GCC
-        return missing_programs(dict.fromkeys((self.cross_compiler[0], _CROSS_COMPILER, QEMU)))
+        return missing_programs((*clang, _CROSS_COMPILER, QEMU))
 
     def build(self, source: Path, program: Path, options: Sequence[str], others: Iterable[Path] = ()) -> None:
         """Compile `source` and the kernels, and `others`, to `program`.
@@ -98,11 +103,7 @@ NEON = (
     Target("i8mm", "arm", ("-march=armv8.6-a+dotprod+i8mm",), ("asimddp", "i8mm")),
 )
 
-# as the compiler of a Mac
-NEON_BY_CLANG = tuple(
-    replace(target, name=f"{target.name} by clang", cross_compiler=("clang", "--target=aarch64-linux-gnu", "-static"))
-    for target in NEON
-)
+NEON_BY_CLANG = tuple(replace(target, name=f"{target.name} by clang", by_clang=True) for target in NEON)
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl")

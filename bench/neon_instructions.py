@@ -16,13 +16,14 @@ from pathlib import Path
 from rich.table import Table
 
 from command import exit_status
-from kernel_programs import GGML, NEON, QEMU, Target, missing_programs
+from kernel_programs import GGML, NEON, NEON_BY_CLANG, QEMU, Target, missing_programs
 from programs import BUILD, commit
 from tritcore.console import err, out
 from tritcore.errors import TritError
 from tritcore.files import write_text_atomically
 
 _SOURCE = Path(__file__).with_name("neon_count.c")
+_TARGETS = (*NEON, *NEON_BY_CLANG)
 _OURS, _PEER, _AT_MOST = "TRIT2 strip, 1 column", "Q3_K row", 1.0
 
 Counts = dict[str, float]  # kernel -> instructions
@@ -114,7 +115,7 @@ def report(options: argparse.Namespace) -> None:
     """
     counts = {}
     with tempfile.TemporaryDirectory() as folder, err.status("") as status:
-        for target in NEON:
+        for target in _TARGETS:
             if reason := unavailable(target):
                 raise TritError(reason)
             status.update(f"counting: {target.name}")
@@ -128,7 +129,7 @@ def report(options: argparse.Namespace) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TritError(f"--output {options.output}: cannot be made: {error.strerror}") from error
-    compilers = {target.name: _compiler(target) for target in NEON}
+    compilers = {target.name: _compiler(target) for target in _TARGETS}
     facts = {"commit": commit(), "compilers": compilers, "instructions": counts}
     write_text_atomically(options.output, json.dumps(facts, indent=1) + "\n")
     out.print(f"{options.output}", soft_wrap=True)

@@ -249,10 +249,9 @@ def test_control_tokens_cannot_be_typed(engine: Engine) -> None:
 
 def _memory_with_huge_pages() -> int:
     """Bytes of this process for which huge pages were asked."""
-    regions = Path("/proc/self/smaps").read_text(encoding="utf-8").split("\nVmFlags:")
-    sizes = [int(size) for size in re.findall(r"^Size: +(\d+) kB", "\n".join(regions), re.MULTILINE)]
-    flags = [region.partition("\n")[0].split() for region in regions[1:]]
-    return 1024 * sum(size for size, names in zip(sizes, flags, strict=True) if "hg" in names)
+    regions = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    sizes = re.findall(r"^Size: +(\d+) kB$.*?^VmFlags: ([a-z ]*)$", regions, re.MULTILINE | re.DOTALL)
+    return 1024 * sum(int(size) for size, flags in sizes if "hg" in flags.split())
 
 
 @pytest.mark.skipif(not _HUGE_PAGES.exists(), reason="this kernel has no huge pages that can be asked for")
